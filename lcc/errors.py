@@ -1,0 +1,58 @@
+"""What can go wrong, as a tree; every kind has a stable exit code.
+
+LccError                  2   your input: one line says what, where, what to do next
+├── SourceError               a model source or checkpoint that can't be used
+├── DataError                 a data set that can't be read
+├── RecipeError               a recipe, rule or option that can't be followed
+├── NothingToConvertError     no site that the plan could convert
+├── ArtifactError             an lcc directory that is damaged, foreign or can't be written
+├── TrainingError             fine-tuning that can't go on (NaN loss, no memory)
+├── CheckFailedError      3   the result failed its own check, and was not kept
+└── InterruptedRunError   130 stopped by Ctrl-C, after a checkpoint
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class LccError(Exception):
+    """A failure the user can act on; its text is one line."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class SourceError(LccError):
+    """A model source or checkpoint that can't be used."""
+
+
+class DataError(LccError):
+    """A data set that can't be read."""
+
+
+class RecipeError(LccError):
+    """A recipe, rule or option that can't be followed."""
+
+
+class NothingToConvertError(LccError):
+    """No site that the plan could convert."""
+
+
+class ArtifactError(LccError):
+    """An lcc directory that is damaged, foreign or can't be written."""
+
+
+class TrainingError(LccError):
+    """Fine-tuning that can't go on."""
+
+
+class CheckFailedError(LccError):
+    """A result that failed its own check and was not kept."""
+
+    exit_code = 3
+
+
+class InterruptedRunError(LccError):
+    """A run stopped by Ctrl-C, after it wrote a checkpoint."""
+
+    exit_code = 130

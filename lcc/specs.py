@@ -1,0 +1,100 @@
+"""The vocabulary: frozen descriptions of convolutions and costs. No torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Frozen(BaseModel):
+    """A value: immutable, closed to unknown keys, and the same after a trip through JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants")
+
+
+class Size(Frozen):
+    """Height and width of a feature map, in pixels."""
+
+    height: int
+    width: int
+
+    @property
+    def pixels(self) -> int:
+        """Height times width."""
+        return self.height * self.width
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+class Cost(Frozen):
+    """What an operator costs: stored numbers, and multiply-accumulates for one image. Exact integers."""
+
+    params: int
+    macs: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(params=self.params + other.params, macs=self.macs + other.macs)
+
+    def cheaper_than(self, other: Cost) -> bool:
+        """Whether this costs less in one respect and more in none."""
+        return self != other and self.params <= other.params and self.macs <= other.macs
+
+
+class ConvSpec(Frozen):
+    """A 2-d convolution, without its weights."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | Literal["same", "valid"] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    bias: bool = False
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
+
+    @property
+    def margin(self) -> tuple[int, int]:
+        """Padding in pixels above (and below) and left (and right); `same` is symmetric for odd kernels."""
+        if self.padding == "valid":
+            return (0, 0)
+        if self.padding == "same":
+            (kh, kw), (dh, dw) = self.kernel_size, self.dilation
+            return (dh * (kh - 1) // 2, dw * (kw - 1) // 2)
+        return self.padding
+
+    def out_size(self, size: Size) -> Size:
+        """Size of the output for an input of this size."""
+        if self.padding == "same":
+            return size
+        height, width = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, p, d, k, s in zip(
+                (size.height, size.width), self.margin, self.dilation, self.kernel_size, self.stride, strict=True
+            )
+        )
+        return Size(height=height, width=width)
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the kernel has."""
+        return self.out_channels * (self.in_channels // self.groups) * self.kernel_size[0] * self.kernel_size[1]
+
+    @property
+    def params(self) -> int:
+        """How many parameters the convolution has, bias included."""
+        return self.weights + (self.out_channels if self.bias else 0)
+
+    def cost(self, size: Size) -> Cost:
+        """Cost of the convolution itself on one image of this size; a bias costs parameters and no MACs."""
+        return Cost(params=self.params, macs=self.weights * self.out_size(size).pixels)
+
+    def __str__(self) -> str:
+        text = f"{self.kernel_size[0]}x{self.kernel_size[1]} {self.in_channels}->{self.out_channels}"
+        if self.stride != (1, 1):
+            text += f" /{self.stride[0]}" if self.stride[0] == self.stride[1] else f" /{self.stride}"
+        if self.groups != 1:
+            text += f" groups {self.groups}"
+        return text
