@@ -1,0 +1,399 @@
+"""LinearMix and its Lean relatives: a cheap spatial convolution plus a 1x1 convolution over all channels.
+
+y = K x + M x, K grouped (depthwise by default) with a square or sparser stencil, M pointwise. It is a dense
+convolution whose kernel is zero wherever a tap is neither at the centre nor inside a channel group.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lcc.methods.base import Fit, LowCostOp, Method, SiteKind
+from lcc.ops.fit import ArrowGram, ArrowWeights, relative_error
+from lcc.specs import ConvSpec, Cost, Size
+
+if TYPE_CHECKING:
+    from lcc.methods.base import Statistics
+
+Stencil = Literal["square", "cross", "horizontal", "vertical"]
+
+HELD_OUT_EVERY = 5  # every fifth image judges the ridge and gives the reported error
+MAX_SAMPLES = 65_536  # positions per call: over 100 for each unknown at 512 channels
+CHUNK = 8_192
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
+
+
+class LinearMix(Method):
+    """Configuration of a LinearMix convolution."""
+
+    title: ClassVar[str] = "LinearMix: depthwise (or grouped, or sparse-stencil) plus pointwise"
+    formula: ClassVar[str] = "y = K_dw x + M x; params k^2 c g + c^2; MACs the same per output pixel"
+    paper: ClassVar[str] = "arXiv:1805.07821 eq. (7); LeanConvNets arXiv:1910.13157"
+    kinds: ClassVar[frozenset[SiteKind]] = frozenset({"conv"})
+
+    name: Literal["linear_mix"] = "linear_mix"
+    group_size: int = Field(default=1, ge=1, description="input channels per group of the spatial part")
+    stencil: Stencil = Field(default="square", description="taps of the spatial part")
+    change_channels: bool = Field(default=False, description="also take convs that change the channel count")
+
+    def why_not(self, spec: ConvSpec) -> str | None:
+        """Return in words why this can't stand in for `spec`; None if it can."""
+        kh, kw = spec.kernel_size
+        if (kh, kw) == (1, 1):
+            return "already pointwise (1x1)"
+        if spec.groups != 1:
+            return f"already grouped ({spec.groups} groups)"
+        if kh % 2 == 0 or kw % 2 == 0:
+            return f"even kernel {kh}x{kw} has no centre tap"
+        if (self.stencil == "horizontal" and kw == 1) or (self.stencil == "vertical" and kh == 1):
+            return f"a {self.stencil} stencil of a {kh}x{kw} kernel is its centre alone"
+        if spec.in_channels != spec.out_channels and not self.change_channels:
+            return f"channels change ({spec.in_channels} to {spec.out_channels}) and change_channels is off"
+        groups, rest = divmod(spec.in_channels, self.group_size)
+        if rest:
+            return f"group_size {self.group_size} does not divide {spec.in_channels} input channels"
+        if spec.out_channels % groups:
+            return f"{groups} groups do not divide {spec.out_channels} output channels"
+        return None
+
+    def cost(self, spec: ConvSpec, size: Size) -> Cost:
+        """Return the exact cost of the operator for one image of this size."""
+        kh, kw = spec.kernel_size
+        per_tap = spec.out_channels * self.group_size
+        pointwise = spec.out_channels * spec.in_channels
+        taps = {"square": kh * kw, "cross": kh + kw - 1, "horizontal": kw, "vertical": kh}[self.stencil]
+        # A cross is stored as its taps and run as a square kernel with empty corners.
+        taps_run = kh * kw if self.stencil == "cross" else taps
+        bias = spec.out_channels if spec.bias else 0
+        return Cost(
+            params=per_tap * taps + pointwise + bias,
+            macs=(per_tap * taps_run + pointwise) * spec.out_size(size).pixels,
+        )
+
+    def build(self, spec: ConvSpec) -> LinearMixOp:
+        """Return the operator with freshly initialised weights."""
+        return LinearMixOp(self, spec)
+
+
+class CrossConv2d(nn.Conv2d):
+    """A grouped convolution whose kernel is a cross: the full row and column through the centre.
+
+    `weight` is (C_out, C_in / G, kh + kw - 1): the row from left to right, then the column without its centre.
+    """
+
+    def __init__(self, *args: int, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # handed through to nn.Conv2d as it is
+        kh, kw = self.kernel_size
+        row = [kh // 2 * kw + j for j in range(kw)]
+        column = [i * kw + kw // 2 for i in range(kh) if i != kh // 2]
+        self.register_buffer("taps", torch.tensor(row + column), persistent=False)
+        self.taps: Tensor
+        self.weight = nn.Parameter(self.weight.detach().flatten(2)[:, :, self.taps].clone())
+
+    def kernel(self) -> Tensor:
+        """Return the kernel with its empty corners, (C_out, C_in / G, kh, kw)."""
+        kh, kw = self.kernel_size
+        empty = self.weight.new_zeros(*self.weight.shape[:2], kh * kw)
+        return empty.index_copy(2, self.taps, self.weight).unflatten(2, (kh, kw))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of x with the cross."""
+        return self._conv_forward(x, self.kernel(), self.bias)
+
+
+class LinearMixOp(LowCostOp):
+    """K x + M x as two convolutions: `spatial` (grouped) and `pointwise` (1x1, carries the bias)."""
+
+    def __init__(self, method: LinearMix, spec: ConvSpec) -> None:
+        super().__init__(spec)
+        self.stencil = method.stencil
+        self.channel_groups = spec.in_channels // method.group_size
+        kh, kw = spec.kernel_size
+        if method.stencil == "horizontal":
+            kh = 1
+        if method.stencil == "vertical":
+            kw = 1
+        kind = CrossConv2d if method.stencil == "cross" else nn.Conv2d
+        self.spatial = kind(
+            spec.in_channels,
+            spec.out_channels,
+            (kh, kw),
+            stride=spec.stride,
+            dilation=spec.dilation,
+            padding=self._branch_padding((kh, kw)),
+            groups=self.channel_groups,
+            bias=False,
+        )
+        self.pointwise = nn.Conv2d(
+            spec.in_channels,
+            spec.out_channels,
+            1,
+            stride=spec.stride,
+            padding=self._branch_padding((1, 1)),
+            bias=spec.bias,
+        )
+        # Two branches are summed: each gets half the variance.
+        for branch in (self.spatial, self.pointwise):
+            fan_in = branch.weight[0].numel()
+            nn.init.normal_(branch.weight, std=fan_in**-0.5)
+        self.spatial_crop = self._branch_crop((kh, kw))
+        self.pointwise_crop = self._branch_crop((1, 1))
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias, as a convolution would have it."""
+        return self.pointwise.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, C_out, H', W') for x (N, C_in, H, W)."""
+        if self.padding_mode != "zeros":
+            top, left = self.spec.margin
+            x = F.pad(x, (left, left, top, top), mode=self.padding_mode)
+        return self.pointwise(_crop(x, self.pointwise_crop)) + self.spatial(_crop(x, self.spatial_crop))
+
+    def dense_kernel(self) -> Tensor:
+        """Return the equivalent dense kernel, (C_out, C_in, kh, kw)."""
+        kernel = self._square_kernel()
+        dense = kernel.new_zeros(self.out_channels, self.in_channels, *self.kernel_size)
+        rows, columns = self._group_index(dense.device)
+        dense[rows, columns] = kernel
+        dense[:, :, self.kernel_size[0] // 2, self.kernel_size[1] // 2] += self.pointwise.weight[:, :, 0, 0]
+        return dense
+
+    @torch.no_grad()
+    def project_(self, conv: nn.Conv2d) -> Fit:
+        """Take on the closest member of the family: the mask of the dense kernel (methods, eq. 7)."""
+        dense = conv.weight.detach()
+        self._set_pointwise(dense[:, :, self.kernel_size[0] // 2, self.kernel_size[1] // 2])
+        rows, columns = self._group_index(dense.device)
+        self._set_square_kernel(dense[rows, columns])
+        if self.bias is not None and conv.bias is not None:
+            self.bias.copy_(conv.bias)
+        lost = (dense - self.dense_kernel()).square()
+        return Fit(how="weights", kernel_error=relative_error(lost, dense.square()))
+
+    def statistics(self, *, free_means: bool) -> LinearMixStatistics:
+        """Return an empty accumulator of the Gram matrices of this operator's regressors."""
+        return LinearMixStatistics(self, free_means=free_means)
+
+    @torch.no_grad()
+    def fit_(self, statistics: Statistics) -> Fit:
+        """Take on the ridge least-squares weights; the ridge pulls towards the present ones (the mask).
+
+        The ridge is the one with the least error on held-out images; the weights then use all of them.
+        """
+        if not isinstance(statistics, LinearMixStatistics):
+            raise TypeError("these statistics were made by another kind of operator")
+        train, held_out = statistics.train, statistics.held_out
+        both = train + held_out
+        if train.count == 0 or held_out.count == 0:  # too few images to hold any out
+            train = held_out = both
+        if statistics.centered:
+            train, held_out, centered = train.centered(), held_out.centered(), both.centered()
+        else:
+            centered = both
+        start = self._weights()
+        errors = {ridge: held_out.squared_error(train.solve(ridge, start)).sum() for ridge in RIDGES}
+        ridge = min(errors, key=lambda key: float(errors[key]))
+        weights = centered.solve(ridge, start)
+        self._set_weights(weights)
+        if self.bias is not None:
+            self.bias.copy_(both.intercept(weights).flatten())
+        norm = held_out.output_output
+        return Fit(
+            how="data",
+            start_error=relative_error(held_out.squared_error(start), norm),
+            relative_error=relative_error(errors[ridge], norm),
+            ridge=ridge,
+            samples=both.count,
+        )
+
+    @torch.no_grad()
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply the output by `factor` (C_out,), by way of the weights."""
+        for branch in (self.spatial, self.pointwise):
+            branch.weight.mul_(factor.reshape(-1, *[1] * (branch.weight.ndim - 1)))
+        if self.bias is not None:
+            self.bias.mul_(factor)
+
+    @torch.no_grad()
+    def weight_norms(self) -> Tensor:
+        """Return the norm of each output channel's equivalent dense kernel, (C_out,)."""
+        return self.dense_kernel().flatten(1).norm(dim=1)
+
+    @torch.no_grad()
+    def add_bias_(self, shift: Tensor) -> None:
+        """Add `shift` (C_out,) to the output, making a bias where there is none."""
+        if self.pointwise.bias is None:
+            self.pointwise.bias = nn.Parameter(torch.zeros_like(self.pointwise.weight[:, 0, 0, 0]))
+        self.pointwise.bias.add_(shift)
+
+    def lower(self, size: Size) -> nn.Module:  # noqa: ARG002  # the same at every size
+        """Return two plain convolutions and a sum; a cross becomes a square kernel with empty corners."""
+        if isinstance(self.spatial, CrossConv2d):
+            plain = nn.Conv2d(
+                self.in_channels,
+                self.out_channels,
+                self.spatial.kernel_size,
+                stride=self.spatial.stride,
+                dilation=self.spatial.dilation,
+                padding=self.spatial.padding,
+                groups=self.channel_groups,
+                bias=False,
+                device=self.spatial.weight.device,
+                dtype=self.spatial.weight.dtype,
+            )
+            plain.weight = nn.Parameter(self.spatial.kernel().detach())
+            self.spatial = plain
+        return self
+
+    def _branch_margin(self, kernel: tuple[int, int]) -> tuple[int, int]:
+        """How far a centred branch kernel reaches beyond the image; negative: it stays inside."""
+        margin = self.spec.margin if self.padding_mode == "zeros" else (0, 0)
+        top, left = (
+            p - d * (k - b) // 2
+            for p, d, k, b in zip(margin, self.dilation, self.kernel_size, kernel, strict=True)
+        )
+        return top, left
+
+    def _branch_padding(self, kernel: tuple[int, int]) -> tuple[int, int]:
+        top, left = self._branch_margin(kernel)
+        return max(top, 0), max(left, 0)
+
+    def _branch_crop(self, kernel: tuple[int, int]) -> tuple[int, int]:
+        top, left = self._branch_margin(kernel)
+        return max(-top, 0), max(-left, 0)
+
+    def _group_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Rows (C_out, 1) and columns (C_out, C_in / G) of the dense kernel that lie inside a group."""
+        per_group_in = self.in_channels // self.channel_groups
+        per_group_out = self.out_channels // self.channel_groups
+        rows = torch.arange(self.out_channels, device=device)
+        first = rows // per_group_out * per_group_in
+        return rows[:, None], first[:, None] + torch.arange(per_group_in, device=device)
+
+    def _square_kernel(self) -> Tensor:
+        """The spatial kernel on the full support, (C_out, C_in / G, kh, kw)."""
+        if isinstance(self.spatial, CrossConv2d):
+            return self.spatial.kernel()
+        (kh, kw), (bh, bw) = self.kernel_size, self.spatial.kernel_size
+        return F.pad(self.spatial.weight, ((kw - bw) // 2,) * 2 + ((kh - bh) // 2,) * 2)
+
+    def _set_square_kernel(self, kernel: Tensor) -> None:
+        """Set the spatial kernel from the full support; taps off the stencil are dropped."""
+        kh, kw = self.kernel_size
+        if isinstance(self.spatial, CrossConv2d):
+            self.spatial.weight.copy_(kernel.flatten(2)[:, :, self.spatial.taps])
+        elif self.stencil == "horizontal":
+            self.spatial.weight.copy_(kernel[:, :, kh // 2 : kh // 2 + 1])
+        elif self.stencil == "vertical":
+            self.spatial.weight.copy_(kernel[:, :, :, kw // 2 : kw // 2 + 1])
+        else:
+            self.spatial.weight.copy_(kernel)
+
+    def _set_pointwise(self, matrix: Tensor) -> None:
+        """Set M (C_out, C_in) outside the groups; inside, the spatial centre taps hold it."""
+        matrix = matrix.clone()
+        rows, columns = self._group_index(matrix.device)
+        matrix[rows, columns] = 0
+        self.pointwise.weight.copy_(matrix[:, :, None, None])
+
+    def off_centre_taps(self) -> list[tuple[int, int]]:
+        """(row, column) of the stencil's taps within the kernel, the centre left out."""
+        kh, kw = self.kernel_size
+        centre = (kh // 2, kw // 2)
+        return [
+            (i, j)
+            for i in range(kh)
+            for j in range(kw)
+            if (i, j) != centre
+            and (
+                self.stencil == "square"
+                or (i == centre[0] and self.stencil in ("cross", "horizontal"))
+                or (j == centre[1] and self.stencil in ("cross", "vertical"))
+            )
+        ]
+
+    def _weights(self) -> ArrowWeights:
+        """The non-redundant weights: all centre taps as common, the others as private, in float64."""
+        dense = self.dense_kernel().double()
+        taps = self.off_centre_taps()
+        rows, columns = self._group_index(dense.device)
+        inside = dense[rows, columns][:, :, [i for i, _ in taps], [j for _, j in taps]]  # (C_out, C_in/G, T)
+        centre = dense[:, :, self.kernel_size[0] // 2, self.kernel_size[1] // 2]
+        shape = (self.channel_groups, self.out_channels // self.channel_groups, -1)
+        return ArrowWeights(common=centre.reshape(shape), private=inside.reshape(shape))
+
+    def _set_weights(self, weights: ArrowWeights) -> None:
+        taps = self.off_centre_taps()
+        centre = weights.common.flatten(0, 1)
+        rows, columns = self._group_index(centre.device)
+        kernel = centre.new_zeros(*columns.shape, *self.kernel_size)
+        private = weights.private.reshape(*columns.shape, len(taps))
+        kernel[:, :, [i for i, _ in taps], [j for _, j in taps]] = private
+        kernel[:, :, self.kernel_size[0] // 2, self.kernel_size[1] // 2] = centre[rows, columns]
+        self._set_square_kernel(kernel.to(self.pointwise.weight.dtype))
+        self._set_pointwise(centre.to(self.pointwise.weight.dtype))
+
+
+class LinearMixStatistics:
+    """Gram matrices of the centre taps of all channels and the other taps of each group, at sampled positions.
+
+    Regressors are the input under each tap: the centre ones are common to all outputs, the others private
+    to a channel group. Every fifth image is held out.
+    """
+
+    def __init__(self, op: LinearMixOp, *, free_means: bool) -> None:
+        self.spec = op.spec
+        self.groups = op.channel_groups
+        self.taps = op.off_centre_taps()
+        self.centered = free_means or op.spec.bias
+        private = (self.groups, len(self.taps) * op.in_channels // self.groups)
+        per_group_out = op.out_channels // self.groups
+        device = op.pointwise.weight.device
+        self.train = ArrowGram(op.in_channels, private, per_group_out, device)
+        self.held_out = ArrowGram(op.in_channels, private, per_group_out, device)
+        self.images = 0
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Take in (N, C_in, H, W) inputs and the (N, C_out, H', W') outputs wanted for them."""
+        count, _, height, width = outputs.shape
+        generator = torch.Generator().manual_seed(self.images)
+        per_image = min(height * width, max(1, MAX_SAMPLES // count))
+        # The same number of positions in every image, without repetition inside one.
+        scores = torch.rand(count, height * width, generator=generator)
+        positions = scores.topk(per_image, dim=1).indices.flatten().to(inputs.device)
+        image = torch.arange(count, device=inputs.device).repeat_interleave(per_image)
+        held_out = (image + self.images) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        self.images += count
+        top, left = self.spec.margin
+        mode = "constant" if self.spec.padding_mode == "zeros" else self.spec.padding_mode
+        padded = F.pad(inputs, (left, left, top, top), mode=mode)
+        for gram, chosen in ((self.train, ~held_out), (self.held_out, held_out)):
+            for rows in chosen.nonzero()[:, 0].split(CHUNK):
+                n, at = image[rows], positions[rows]
+                self._add_samples(gram, padded, outputs, n, at // width, at % width)
+
+    def _add_samples(self, gram: ArrowGram, padded: Tensor, outputs: Tensor, n: Tensor, i: Tensor, j: Tensor) -> None:
+        (sh, sw), (dh, dw), (kh, kw) = self.spec.stride, self.spec.dilation, self.spec.kernel_size
+
+        def under(tap: tuple[int, int]) -> Tensor:
+            return padded[n, :, i * sh + tap[0] * dh, j * sw + tap[1] * dw]
+
+        around = torch.stack([under(tap) for tap in self.taps], dim=-1)  # (M, C_in, T)
+        gram.add(
+            under((kh // 2, kw // 2)),
+            around.unflatten(1, (self.groups, -1)).flatten(2),
+            outputs[n, :, i, j].unflatten(1, (self.groups, -1)),
+        )
+
+
+def _crop(x: Tensor, margin: tuple[int, int]) -> Tensor:
+    top, left = margin
+    return x if margin == (0, 0) else x[:, :, top : x.shape[2] - top, left : x.shape[3] - left]

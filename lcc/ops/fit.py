@@ -1,0 +1,129 @@
+"""Least squares from Gram matrices: accumulated batch by batch, solved in float64, no activations kept."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ArrowWeights(NamedTuple):
+    """Weights of an arrow-shaped regression: common (G, q, c), private (G, q, p)."""
+
+    common: Tensor
+    private: Tensor
+
+
+class ArrowGram:
+    """Second moments of a regression in which G groups of outputs share regressors and own others.
+
+    Outputs y (G, q) are explained by c common regressors and by p private ones of their group:
+    y[g] = W[g] x_common + V[g] x_private[g]. The normal matrix of a group is an arrow: one shared block,
+    so it is factorised once, and the private blocks follow by their Schur complements.
+    Products are taken in the dtype of the samples and summed in float64.
+    """
+
+    def __init__(self, common: int, private: tuple[int, int], outputs: int, device: torch.device) -> None:
+        groups, width = private
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.count = 0
+        self.common_sum, self.private_sum, self.output_sum = (
+            zeros(common),
+            zeros(groups, width),
+            zeros(groups, outputs),
+        )
+        self.common_common = zeros(common, common)
+        self.common_private = zeros(groups, common, width)
+        self.private_private = zeros(groups, width, width)
+        self.output_common = zeros(groups, outputs, common)
+        self.output_private = zeros(groups, outputs, width)
+        self.output_output = zeros(groups, outputs)
+
+    def add(self, common: Tensor, private: Tensor, outputs: Tensor) -> None:
+        """Take in M samples: common (M, c), private (M, G, p), outputs (M, G, q)."""
+        groups, width = private.shape[1:]
+        self.count += len(common)
+        self.common_sum += common.sum(0)
+        self.private_sum += private.sum(0)
+        self.output_sum += outputs.sum(0)
+        self.common_common += common.T @ common
+        crossed = common.T @ private.flatten(1)
+        self.common_private += crossed.reshape(-1, groups, width).transpose(0, 1)
+        self.private_private += torch.einsum("mgp,mgr->gpr", private, private)
+        self.output_common += (outputs.flatten(1).T @ common).reshape(groups, -1, common.shape[1])
+        self.output_private += torch.einsum("mgq,mgp->gqp", outputs, private)
+        self.output_output += outputs.square().sum(0)
+
+    def __add__(self, other: ArrowGram) -> ArrowGram:
+        total = object.__new__(ArrowGram)
+        for name, value in vars(self).items():
+            setattr(total, name, value + getattr(other, name))
+        return total
+
+    def centered(self) -> ArrowGram:
+        """Return the moments about the means: those of samples with their means taken off."""
+        result = object.__new__(ArrowGram)
+        vars(result).update(vars(self))
+        x, z, y = (total / self.count for total in (self.common_sum, self.private_sum, self.output_sum))
+        n = self.count
+        result.common_common = self.common_common - n * torch.outer(x, x)
+        result.common_private = self.common_private - n * torch.einsum("c,gp->gcp", x, z)
+        result.private_private = self.private_private - n * torch.einsum("gp,gr->gpr", z, z)
+        result.output_common = self.output_common - n * torch.einsum("gq,c->gqc", y, x)
+        result.output_private = self.output_private - n * torch.einsum("gq,gp->gqp", y, z)
+        result.output_output = self.output_output - n * y.square()
+        return result
+
+    def intercept(self, weights: ArrowWeights) -> Tensor:
+        """Return (G, q), what must be added to the outputs of `weights` to make their means right."""
+        explained = weights.common @ self.common_sum
+        explained = explained + torch.einsum("gqp,gp->gq", weights.private, self.private_sum)
+        return (self.output_sum - explained) / self.count
+
+    def squared_error(self, weights: ArrowWeights) -> Tensor:
+        """Return (G, q), the sum over the samples of (output - prediction)^2."""
+        u, v = weights
+        quadratic = torch.einsum("gqc,gqc->gq", u @ self.common_common, u)
+        quadratic = quadratic + 2 * torch.einsum("gqp,gqp->gq", u @ self.common_private, v)
+        quadratic = quadratic + torch.einsum("gqp,gqp->gq", v @ self.private_private, v)
+        linear = torch.einsum("gqc,gqc->gq", self.output_common, u)
+        linear = linear + torch.einsum("gqp,gqp->gq", self.output_private, v)
+        return (self.output_output - 2 * linear + quadratic).clamp_min(0)
+
+    def solve(self, ridge: float, start: ArrowWeights) -> ArrowWeights:
+        """Return the weights with the least squared error plus `ridge` times their distance to `start`.
+
+        `ridge` is in units of the mean square of the common regressors. Large values give `start` back.
+        """
+        scale = (self.common_common.diagonal().mean() + 1e-300) * ridge
+        shared = self.common_common + scale * torch.eye(len(self.common_common), dtype=torch.float64, device=scale.device)
+        private = self.private_private + scale * torch.eye(
+            self.private_private.shape[-1], dtype=torch.float64, device=scale.device
+        )
+        wanted_common = self.output_common + scale * start.common
+        wanted_private = self.output_private + scale * start.private
+        factor = torch.linalg.cholesky(shared)
+        groups, common, width = self.common_private.shape
+        # One triangular solve for all groups: A^-1 [B | C^T].
+        columns = torch.cat(
+            [self.common_private.transpose(0, 1).flatten(1), wanted_common.flatten(0, 1).T], dim=1
+        )
+        solved = torch.cholesky_solve(columns, factor)
+        coupling = solved[:, : groups * width].reshape(common, groups, width).transpose(0, 1)
+        direct = solved[:, groups * width :].T.reshape(groups, -1, common)
+        complement = private - self.common_private.transpose(1, 2) @ coupling
+        residual = wanted_private - wanted_common @ coupling
+        v = torch.linalg.solve(complement, residual.transpose(1, 2)).transpose(1, 2)
+        return ArrowWeights(common=direct - v @ coupling.transpose(1, 2), private=v)
+
+
+def relative_error(squared_error: Tensor, squared_norm: Tensor) -> float:
+    """Return the square root of the ratio of two sums; 0/0 is 0."""
+    error, norm = float(squared_error.sum()), float(squared_norm.sum())
+    if error == 0:
+        return 0.0
+    return (error / norm) ** 0.5 if norm > 0 else float("inf")
