@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
-from pydantic import Field
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from lcc.errors import RecipeError
+from lcc.methods import METHODS, Method
+from lcc.plan import Rule
 from lcc.specs import Frozen
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -56,3 +66,220 @@ class Finetune(Frozen):
     channels_last: bool = False
     seed: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Count | None = None
+
+
+class ModelPart(Frozen):
+    """Which network: the options of `lcc.models.load`, under the same names."""
+
+    source: str
+    arch: str | None = None
+    weights: str | None = None
+    num_classes: Count | None = None
+    image_size: tuple[Count, Count] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[Positive, ...] | None = None
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+    class_names: tuple[str, ...] | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Calibrate(Frozen):
+    """Which unlabelled images the data-aware fit sees: the first `images` of a seeded shuffle."""
+
+    data: str
+    images: Count = 512
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+class Evaluate(Frozen):
+    """Where top-1 and top-5 are measured; without it, on what [finetune] names."""
+
+    data: str
+    batch_size: Count = 256
+
+
+class Export(Frozen):
+    """How the ONNX file is written."""
+
+    opset: Annotated[int, Field(ge=18)] = 20
+    half: bool = False
+
+
+class Recipe(Frozen):
+    """A whole run: load, convert, calibrate, fine-tune, evaluate, export. A part left out is a step left out.
+
+    The first entry of `convert` that matches a site decides it; an entry without a method keeps it dense.
+    `teacher` is what distillation learns from; without it, the network before conversion.
+    """
+
+    lcc: Literal[1]
+    model: ModelPart
+    convert: tuple[Rule, ...] = ()
+    calibrate: Calibrate | None = None
+    teacher: ModelPart | None = None
+    finetune: Finetune | None = None
+    eval: Evaluate | None = None
+    export: Export | None = None
+
+    @model_validator(mode="after")
+    def _no_idle_part(self) -> Recipe:
+        for number, rule in enumerate(self.convert):
+            if not rule.match:
+                raise ValueError(f"convert.{number}.match: an empty list matches nothing; take the entry out")
+        if self.calibrate is not None and not self.convert:
+            raise ValueError("[calibrate] has nothing to do without [[convert]]; add one or take it out")
+        if self.teacher is not None and self.finetune is None:
+            raise ValueError("[teacher] has nothing to do without [finetune]; add one or take it out")
+        return self
+
+
+def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Return the recipe in a TOML file, with `--set` overrides such as "finetune.lr=1e-3" laid over it.
+
+    Raises: RecipeError: one line with the file, the key, what is wrong and what would be right.
+    """
+    document = _read(Path(path))
+    for override in overrides:
+        _override_(document, override)
+    _list_single_globs_(document)
+    try:
+        # By way of JSON: strict validation takes a list for a tuple there, and only there.
+        return Recipe.model_validate_json(json.dumps(document, default=_refuse_date))
+    except ValidationError as error:
+        problem = in_words(error, Recipe)
+        blamed = [f" with --set {override}" for override in overrides if _about(problem, override)]
+        raise RecipeError(f"{path}{''.join(blamed)}: {problem}") from error
+    except _DateError as error:
+        raise RecipeError(f"{path}: {error} is a date, which no key takes; put it in quotes") from error
+
+
+def in_words(error: ValidationError, root: type[BaseModel]) -> str:
+    """Return in one line the first thing that is wrong, as "key: what"; `root` is what was validated."""
+    problems = error.errors(include_url=False)
+    place, what = ".".join(str(part) for part in problems[0]["loc"]), _what(problems[0], root)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{place}: {what}{more}" if place else f"{what}{more}"
+
+
+# What pydantic calls a problem, and what a writer of TOML should do about it.
+_WANTED = {
+    "bool_type": "should be true or false",
+    "dict_type": "should be a table",
+    "float_type": "should be a number",
+    "int_from_float": "should be a whole number",
+    "int_type": "should be a whole number",
+    "model_type": "should be a table",
+    "string_type": "should be text in quotes",
+    "tuple_type": "should be a list",
+}
+
+
+def _what(problem: ErrorDetails, root: type[BaseModel]) -> str:
+    kind, where, context = problem["type"], problem["loc"], problem.get("ctx", {})
+    if kind == "missing":
+        return "this list is too short" if isinstance(where[-1], int) else "is missing, and has no default"
+    if kind == "extra_forbidden":
+        return _unknown(str(where[-1]), _known_keys(root, where[:-1]))
+    if kind == "too_long":
+        return f"should have {context['max_length']} items, not {context['actual_length']}"
+    if kind == "value_error":
+        return str(context["error"])
+    said = problem["msg"].replace("Input should be", "should be", 1)
+    return f"{_WANTED.get(kind, said)}, not {_shown(problem['input'])}"
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value)
+    short = text if len(text) <= 40 else f"{text[:37]}..."
+    return f"the text {short}" if isinstance(value, str) else short
+
+
+def _unknown(key: str, known: tuple[str, ...]) -> str:
+    close = get_close_matches(key, known, n=1)
+    return f"unknown key; did you mean {close[0]!r}?" if close else f"unknown key; known: {', '.join(known)}"
+
+
+def _known_keys(root: type[BaseModel], where: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Return the keys that the table at this place may have."""
+    for part in where:
+        field = root.model_fields.get(str(part))
+        if field is not None:
+            root = _table_in(field.annotation) or root
+    tables = METHODS.values() if root is Method else (root,)
+    return tuple(dict.fromkeys(key for table in tables for key in table.model_fields))
+
+
+def _table_in(annotation: object) -> type[BaseModel] | None:
+    """Return the model that an annotation such as `tuple[Model, ...] | None` is about."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_table_in(argument) for argument in get_args(annotation))
+    return next((model for model in found if model is not None), None)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: no such recipe file") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: can't be read ({error.strerror})") from error
+    except ValueError as error:  # not TOML, or not even UTF-8
+        raise RecipeError(f"{path}: not a TOML file: {error}") from error
+
+
+def _override_(document: dict[str, Any], override: str) -> None:
+    """Lay one `key.path=TOML value` over the document; numbers in the path count list entries from 0."""
+    key, equals, text = override.partition("=")
+    *parents, last = (part.strip() for part in key.split("."))
+    if not equals or not all((*parents, last)) or len(override.splitlines()) > 1:
+        raise RecipeError(f"--set {override!r}: write it as key=value in one line, such as finetune.lr=1e-3")
+    node: Any = document
+    for part in parents:
+        node = _child(node, part, override, new={})
+    value = _toml_value(text, override)
+    if isinstance(node, dict):
+        node[last] = value
+    else:
+        _child(node, last, override, new=None)
+        node[int(last)] = value
+
+
+def _about(problem: str, override: str) -> bool:
+    """Whether a problem, as "key: what", lies at or below the key that an override sets."""
+    key = override.partition("=")[0].strip()
+    return problem.startswith((f"{key}:", f"{key}."))
+
+
+def _child(node: Any, key: str, override: str, *, new: Any) -> Any:
+    if isinstance(node, dict):
+        return node.setdefault(key, new)
+    if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
+        return node[int(key)]
+    has = f"a list of {len(node)}, counted from 0" if isinstance(node, list) else "a value, not a table"
+    raise RecipeError(f"--set {override}: there is no {key!r} in {has}")
+
+
+def _toml_value(text: str, override: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(
+            f"""--set {override}: not a TOML value; text needs quotes: '{override.partition("=")[0]}="..."'"""
+        ) from error
+
+
+def _list_single_globs_(document: dict[str, Any]) -> None:
+    """Write `match = "glob"` as the list of one that it stands for."""
+    rules = document.get("convert")
+    for rule in rules if isinstance(rules, list) else ():
+        if isinstance(rule, dict) and isinstance(rule.get("match"), str):
+            rule["match"] = [rule["match"]]
+
+
+class _DateError(Exception):
+    """A TOML date or time, which JSON does not have."""
+
+
+def _refuse_date(value: object) -> NoReturn:
+    raise _DateError(str(value))
