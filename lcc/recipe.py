@@ -27,12 +27,12 @@ NotNegative = Annotated[float, Field(ge=0)]
 class Finetune(Frozen):
     """How to train. The defaults suit about ten epochs of SGD on small images.
 
-    Optimisation: `optimizer` and `schedule` are timm's names ("sgd" has Nesterov momentum); `lr` is the peak;
-    `warmup` is the share of all steps spent rising to it; `decay_norms`: weight decay also on biases and norms;
-    `ema` is the decay of an exponential moving average of the weights, which then is the result.
+    Optimisation: `optimizer` and `schedule` are timm's names ("sgd" has Nesterov momentum); `lr` is the peak,
+    `warmup` the share of all steps spent rising to it; `decay_norms`: weight decay on biases and norms too;
+    `ema` is the decay of a moving average of the weights, which then is the result.
     Distillation: the loss is (1 - distill) * labels + distill * KL to the teacher at `temperature`.
-    Augmentation: `crop` "pad" is a shifted crop after padding by 4 pixels, "resize" a random resized crop with
-    areas in `crop_scale`, "auto" the first up to 64 pixels and the second above; `auto_augment` is timm's policy
+    Augmentation: `crop` "pad" is a crop shifted by up to 4 pixels, "resize" a random resized crop with areas
+    in `crop_scale`, "auto" the first up to 64 pixels and the second above; `auto_augment` is timm's policy
     string; `mixup` and `cutmix` are the alphas of their beta distributions.
     Evaluation: on val/, else test/; with `val_split`, on that share of train/, chosen by `seed`.
     Checkpoints: every `checkpoint_every` steps, else at the end of every epoch.

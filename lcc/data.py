@@ -1,0 +1,374 @@
+"""Data sets by name, as labelled RGB images in a fixed order.
+
+| text | what |
+|---|---|
+| imagefolder:DIR | DIR/train/CLASS/*.jpg and DIR/val/ or DIR/test/; or DIR/CLASS/*.jpg, which is every part |
+| idx:DIR | MNIST's files (train-images-idx3-ubyte, t10k-..., also gzipped); grey becomes RGB |
+| cifar10:DIR, cifar100:DIR, stl10:DIR | the folders torchvision unpacks; nothing is downloaded |
+| hfds/NAME, torch/NAME:DIR, ... | what timm's `create_dataset` reads; hfds/ may use the network |
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import re
+import zlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lcc.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+Part = Literal["train", "val", "test"]
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
+FORMS = "imagefolder:DIR, idx:DIR, cifar10:DIR, cifar100:DIR, stl10:DIR, or a timm reader such as hfds/NAME"
+
+
+class Preprocessing(Protocol):
+    """How a network wants its images: the part of `lcc.models.Preprocessing` that is used here."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, for pixels in [0, 1]."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per channel, for pixels in [0, 1]."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+
+    @property
+    def crop_pct(self) -> float:
+        """Share of the resized image's side that the centre crop keeps."""
+
+    @property
+    def interpolation(self) -> str:
+        """Timm's name of the resize filter."""
+
+
+class Images(Protocol):
+    """Labelled RGB images in a fixed order."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Return image and label. Raises: DataError: the image is damaged."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a data set. `name` says which for people; `labels` only where they cost nothing to know."""
+
+    text: str
+    name: str
+    images: Images
+    labels: NDArray[np.int64] | None = field(repr=False)
+    class_names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes there are, where known without reading the images."""
+        if self.class_names is not None:
+            return len(self.class_names)
+        return None if self.labels is None else int(self.labels.max()) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the number of images and their labels."""
+        labels = b"" if self.labels is None else self.labels.tobytes()
+        return hashlib.sha256(f"{len(self)};".encode() + labels).hexdigest()[:16]
+
+    def subset(self, indices: NDArray[np.int64], name: str) -> Split:
+        """Return the images with these indices, in this order."""
+        labels = None if self.labels is None else self.labels[indices]
+        return replace(self, name=name, images=_Subset(self.images, indices), labels=labels)
+
+
+def open_split(text: str, part: Part) -> Split:
+    """Return one part of the data set that `text` names.
+
+    Raises: DataError: not a name this knows, a missing folder or file, a class without images.
+    """
+    scheme, colon, rest = text.partition(":")
+    if colon and scheme in _OPENERS:
+        root = Path(rest).expanduser()
+        if not root.is_dir():
+            raise DataError(f"{text}: no such folder as {rest!r}")
+        return _OPENERS[scheme](text, root, part)
+    if "/" in scheme:
+        return _timm_reader(text, scheme, rest, part)
+    raise DataError(f"{text!r} names no data set; write {FORMS}")
+
+
+def open_train(text: str, *, val_split: float = 0.0, seed: int = 0) -> Split:
+    """Return the training part, without the share `val_split` that `open_eval` takes for evaluation."""
+    return open_split(text, "train") if val_split == 0 else _carve(text, val_split, seed)[0]
+
+
+def open_eval(text: str, *, val_split: float = 0.0, seed: int = 0) -> Split:
+    """Return what to evaluate on: the share `val_split` of train, else val, else test."""
+    if val_split > 0:
+        return _carve(text, val_split, seed)[1]
+    try:
+        return open_split(text, "val")
+    except _NoSuchPartError:
+        return open_split(text, "test")
+
+
+def images(text: str, preprocessing: Preprocessing, count: int, seed: int = 0) -> Tensor:
+    """Return (count, 3, H, W) normalised training images for calibration; a seeded choice, without labels.
+
+    Raises: DataError: fewer than `count` images.
+    """
+    split = open_split(text, "train")
+    if len(split) < count:
+        raise DataError(f"{text}: has {len(split)} training images, {count} were asked for")
+    transform = pixels_transform(preprocessing)
+    chosen = np.random.default_rng(seed).permutation(len(split))[:count]
+    return normalise(torch.stack([transform(split.images[int(index)][0]) for index in chosen]), preprocessing)
+
+
+def pixels_transform(
+    preprocessing: Preprocessing, *, crop_pct: float | None = None
+) -> Callable[[Image.Image], Tensor]:
+    """Return timm's evaluation transform up to uint8 (3, H, W): resize, centre crop."""
+    from timm.data.transforms_factory import create_transform
+
+    transform = create_transform(
+        (3, *preprocessing.image_size),
+        is_training=False,
+        crop_pct=crop_pct or preprocessing.crop_pct,
+        interpolation=preprocessing.interpolation,
+        normalize=False,
+    )
+    return _Pixels(preprocessing.image_size, crop_pct or preprocessing.crop_pct, transform)
+
+
+def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return float32 (N, 3, H, W) with mean and std taken off; `pixels` are uint8, on any device."""
+    shape = (1, -1, 1, 1)
+    mean = torch.tensor(preprocessing.mean, device=pixels.device).mul_(255).view(shape)
+    std = torch.tensor(preprocessing.std, device=pixels.device).mul_(255).view(shape)
+    return pixels.float().sub_(mean).div_(std)
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    size: tuple[int, int]
+    crop_pct: float
+    transform: Callable[[Image.Image], Tensor]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        if self.crop_pct == 1 and image.size == self.size[::-1]:  # the transform would change nothing
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return self.transform(image)
+
+
+class _NoSuchPartError(DataError):
+    """The data set has no such part."""
+
+
+@dataclass(frozen=True)
+class _Subset:
+    images: Images
+    indices: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[int(self.indices[index])]
+
+
+@dataclass(frozen=True)
+class _Files:
+    paths: tuple[str, ...]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return _read_image(self.paths[index]), int(self.labels[index])
+
+
+@dataclass(frozen=True)
+class _Array:
+    """Images in memory: uint8 (N, H, W) or (N, H, W, 3)."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A map-style data set of timm."""
+
+    text: str
+    dataset: Any
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            image, label = self.dataset[index]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"{self.text}: image {index} can't be read: {_one_line(error)}") from error
+        return image.convert("RGB"), int(label)
+
+
+def _carve(text: str, val_split: float, seed: int) -> tuple[Split, Split]:
+    split = open_split(text, "train")
+    held_out = max(1, round(val_split * len(split)))
+    if held_out >= len(split):
+        raise DataError(f"{text}: {len(split)} training images leave nothing at val_split = {val_split}")
+    order = np.random.default_rng((seed, 1)).permutation(len(split))
+    name = f"val (a {val_split:.3g} share of train)"
+    return split.subset(np.sort(order[held_out:]), "train"), split.subset(np.sort(order[:held_out]), name)
+
+
+def _imagefolder(text: str, root: Path, part: Part) -> Split:
+    folder = root / part
+    if not folder.is_dir():
+        if any((root / name).is_dir() for name in ("train", "val", "test")):
+            raise _NoSuchPartError(f"{text}: has no folder {part}/")
+        folder = root
+    class_names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
+    if not class_names:
+        raise DataError(f"{text}: {folder} has no folders; put each class's images in one of its own")
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(class_names):
+        found = sorted(
+            str(path) for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
+        )
+        if not found:
+            raise DataError(f"{text}: class folder {folder / name} has no images; remove it or fill it")
+        paths += found
+        labels += [label] * len(found)
+    numbers = np.array(labels, dtype=np.int64)
+    return Split(text, part, _Files(tuple(paths), numbers), numbers, class_names)
+
+
+_IDX_PARTS: dict[Part, str] = {"train": "train", "val": "val", "test": "(?:t10k|test)"}
+
+
+def _idx(text: str, root: Path, part: Part) -> Split:
+    pixels = _read_idx(_idx_file(text, root, part, "images"))
+    labels = _read_idx(_idx_file(text, root, part, "labels")).astype(np.int64)
+    if pixels.ndim not in {3, 4} or labels.ndim != 1 or len(pixels) != len(labels):
+        raise DataError(
+            f"{text}: {part} images of shape {pixels.shape} and labels of {labels.shape} don't fit"
+        )
+    return Split(text, part, _Array(pixels, labels), labels)
+
+
+def _idx_file(text: str, root: Path, part: Part, what: str) -> Path:
+    pattern = re.compile(rf"{_IDX_PARTS[part]}[-_.]{what}.*ubyte(\.gz)?")
+    found = sorted(path for path in root.iterdir() if pattern.fullmatch(path.name))
+    if not found:
+        raise _NoSuchPartError(f"{text}: has no file like {part}-{what}-idx?-ubyte or the same with .gz")
+    return found[0]
+
+
+def _read_idx(path: Path) -> NDArray[np.uint8]:
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged file: {_one_line(error)}") from error
+    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
+        raise DataError(f"{path}: not an IDX file of bytes")
+    start = 4 + 4 * data[3]
+    shape = tuple(int(n) for n in np.frombuffer(data[4:start], dtype=">u4"))
+    if len(data) != start + math.prod(shape):
+        raise DataError(
+            f"{path}: damaged file: {len(data)} bytes, its header says {start + math.prod(shape)}"
+        )
+    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
+
+
+def _torchvision(text: str, root: Path, part: Part) -> Split:
+    from torchvision import datasets
+
+    scheme = text.partition(":")[0]
+    if part == "val":
+        raise _NoSuchPartError(f"{text}: has no val part")
+    try:
+        if scheme == "stl10":
+            stl = datasets.STL10(root, split=part)
+            pixels, targets, names = (
+                np.ascontiguousarray(stl.data.transpose(0, 2, 3, 1)),
+                stl.labels,
+                stl.classes,
+            )
+        else:
+            kind = datasets.CIFAR10 if scheme == "cifar10" else datasets.CIFAR100
+            cifar = kind(root, train=part == "train")
+            pixels, targets, names = cifar.data, cifar.targets, cifar.classes
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"{text}: not a folder of torchvision's {scheme}: {_one_line(error)}") from error
+    labels = np.asarray(targets, dtype=np.int64)
+    return Split(text, part, _Array(pixels, labels), labels, tuple(names))
+
+
+_OPENERS: dict[str, Callable[[str, Path, Part], Split]] = {
+    "imagefolder": _imagefolder,
+    "idx": _idx,
+    "cifar10": _torchvision,
+    "cifar100": _torchvision,
+    "stl10": _torchvision,
+}
+
+
+def _timm_reader(text: str, name: str, root: str, part: Part) -> Split:
+    from timm.data.dataset_factory import create_dataset
+
+    split = {"train": "train", "val": "validation", "test": "test"}[part]
+    try:
+        dataset = create_dataset(name, root=root or None, split=split, input_img_mode="RGB", download=False)
+    except ModuleNotFoundError as error:
+        raise DataError(f"{text}: needs the package {error.name}: pip install {error.name}") from error
+    except Exception as error:  # readers wrap other people's libraries, which raise anything
+        kind = _NoSuchPartError if part == "val" else DataError
+        raise kind(f"{text}: timm can't open its {split} split: {_one_line(error)}") from error
+    if not hasattr(dataset, "__getitem__"):
+        raise DataError(f"{text}: is a stream without numbered images; use hfds/, torch/ or a folder instead")
+    names = getattr(dataset, "classes", None)
+    return Split(text, part, _Reader(text, dataset), None, None if names is None else tuple(names))
+
+
+def _read_image(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: damaged image: {_one_line(error)}; replace or remove it") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,108 @@
+"""Accuracy of any classifier on batches of images."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lcc import progress
+from lcc.errors import DataError, RecipeError
+from lcc.specs import Frozen
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lcc.batches import Batches
+    from lcc.data import Split
+
+
+class Accuracy(Frozen):
+    """Percent of images whose class is the first guess, or among the first five; None up to five classes."""
+
+    top1: float
+    top5: float | None
+    images: int
+
+    def __str__(self) -> str:
+        return f"{self.top1:.2f} %"
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device by name; "auto" is CUDA, else Apple's GPU, else the CPU. Raises: RecipeError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise RecipeError(f"device {name!r} can't be used: {reason}") from error
+    return device
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the parameters are; the CPU if there are none."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+@contextmanager
+def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put a model in training or evaluation mode for a block, then every module back in its own."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in before.items():
+            module.training = flag
+
+
+def evaluate(
+    model: nn.Module, batches: Batches, *, device: str = "auto", shown: bool | None = False
+) -> Accuracy:
+    """Return the accuracy of a classifier; its mode and device are as before afterwards.
+
+    `shown`: a progress bar on stderr; None: only on a terminal.
+    Raises: DataError: a damaged image, another number of classes than the model's; RecipeError: the device.
+    """
+    home = device_of(model)
+    try:
+        return accuracy_on(model.to(pick_device(device)), batches, shown=shown)
+    finally:
+        model.to(home)
+
+
+@torch.no_grad()
+def accuracy_on(model: nn.Module, batches: Batches, *, shown: bool | None = False) -> Accuracy:
+    """Return the accuracy of a classifier on the device where it is; its mode is as before afterwards."""
+    device = device_of(model)
+    hits = torch.zeros(2, dtype=torch.int64, device=device)
+    images, classes = 0, 0
+    with mode(model, training=False), progress.bar("evaluate", len(batches), shown=shown) as tick:
+        for done, (x, y) in enumerate(batches.on(device), 1):
+            logits = model(x)
+            check_classes(logits, y, batches.split)
+            images, classes = images + len(x), logits.shape[1]
+            guesses = logits.topk(min(5, classes), dim=1).indices == y[:, None]
+            hits += torch.stack([guesses[:, 0].sum(), guesses.sum()])
+            tick(done)
+    top1, top5 = (100 * count / images for count in hits.tolist())
+    return Accuracy(top1=top1, top5=top5 if classes > 5 else None, images=images)
+
+
+def check_classes(logits: object, labels: Tensor, split: Split) -> None:
+    """Refuse outputs (N, classes) that don't fit the data. Raises: DataError."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise DataError(f"the model is not a classifier: it gives {shape}, not (images, classes)")
+    outputs, classes = logits.shape[1], split.num_classes
+    if classes is None:
+        classes = outputs if int(labels.max()) < outputs else int(labels.max()) + 1
+    if outputs != classes and (split.class_names is not None or outputs < classes):
+        raise DataError(
+            f"{split.text}: has {classes} classes, the model {outputs}; give one of {classes} (--num-classes)"
+        )

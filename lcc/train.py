@@ -1,0 +1,407 @@
+"""Fine-tuning with an exact resume. Knows no method and no recipe file.
+
+A run is a function of its options, data, start weights and teacher: the generators are seeded anew at every
+step from (seed, step) (`lcc.steps`), order and variation of the images are functions of (seed, epoch, index)
+(`lcc.batches`), and the learning rate is a function of the step. So a checkpoint holds weights, optimiser
+state and counters, and no generator's state: accelerate's and timm's own ways to resume are not exact.
+On a CPU a resumed run ends with the same bits, given the same number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from lcc import checkpoints, progress
+from lcc.batches import eval_batches, seeded, train_batches
+from lcc.data import open_eval, open_train
+from lcc.errors import InterruptedRunError, TrainingError
+from lcc.evaluation import Accuracy, accuracy_on, check_classes, device_of, mode, pick_device
+from lcc.specs import Frozen
+from lcc.steps import Stepper, Teacher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from lcc.batches import Batches
+    from lcc.data import Preprocessing
+    from lcc.recipe import Finetune
+
+TEACHER_IMAGES = 2000
+FINITE_CHECK_STEPS = 20
+FREE_TO_CHANGE = frozenset({"data", "checkpoint_every"})  # the data is compared by its fingerprint
+
+
+class Epoch(Frozen):
+    """What one epoch gave: `loss` and `train_top1` are means over its steps, `lr` is its last."""
+
+    epoch: int
+    loss: float
+    train_top1: float
+    lr: float
+    accuracy: Accuracy
+    images_per_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"epoch {self.epoch}: loss {self.loss:.3f}, train {self.train_top1:.1f} %, "
+            f"evaluation {self.accuracy}, {self.images_per_s:,.0f} images/s"
+        )
+
+
+class TrainResult(Frozen):
+    """What a run gave; `accuracy` is the last epoch's, on the part of the data `evaluated_on`.
+
+    `best_epoch` is there only where images were held out to choose by (val/ or val_split).
+    """
+
+    accuracy: Accuracy
+    evaluated_on: str
+    history: tuple[Epoch, ...]
+    best_epoch: int | None = None
+    teacher: Accuracy | None = None
+    resumed_from: int | None = None
+
+
+def finetune(
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    options: Finetune,
+    *,
+    teacher: nn.Module | None = None,
+    teacher_preprocessing: Preprocessing | None = None,
+    checkpoint_dir: Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    workers: int | None = None,
+    shown: bool | None = None,
+    say: Callable[[str], None] = progress.say,
+) -> TrainResult:
+    """Train `model` in place, and leave it in eval mode on the device where it was.
+
+    `teacher_preprocessing` None: the model's. `resume` goes on from the newest checkpoint, or starts if there
+    is none. `workers` changes nothing but speed; `shown` None: a progress bar on a terminal; `say` takes notes.
+    Raises: TrainingError: the loss is not finite, no memory, a checkpoint that doesn't fit;
+    InterruptedRunError: stopped by a signal, after a checkpoint; DataError; RecipeError.
+    """
+    start = _start(checkpoint_dir, resume=resume, say=say)
+    home, target = device_of(model), pick_device(device)
+    train = open_train(options.data, val_split=options.val_split, seed=options.seed)
+    held_out = open_eval(options.data, val_split=options.val_split, seed=options.seed)
+    _move(model, target, torch.channels_last if options.channels_last else None)
+    try:
+        with _own_generators(options.seed, target), _memory_errors(options.batch_size):
+            stream = train_batches(
+                train,
+                preprocessing,
+                options,
+                batch_size=options.batch_size,
+                epochs=options.epochs,
+                start=0 if start is None else int(start["step"]),
+                workers=workers,
+            )
+            evaluation = eval_batches(held_out, preprocessing, workers=workers)
+            run = _Run(model, stream, evaluation, options, say)
+            if teacher is not None and options.distill > 0:
+                run.learn_from(teacher, teacher_preprocessing or preprocessing)
+            if start is not None:
+                run.restore(start)
+            run.go(checkpoint_dir, shown=shown)
+            run.stepper.hand_over()
+    finally:
+        _move(model, home, torch.contiguous_format if options.channels_last else None)
+        model.eval()
+    return run.result()
+
+
+class _Run:
+    """A training run between its start and its end; `step` counts finished steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: Batches,
+        evaluation: Batches,
+        options: Finetune,
+        say: Callable[[str], None],
+    ) -> None:
+        self.device = device_of(model)
+        self.stream = stream
+        self.evaluation = evaluation
+        self.options = options
+        self.say = say
+        self.steps_per_epoch = len(stream.split) // options.batch_size
+        self.steps = options.epochs * self.steps_per_epoch
+        classes = _count_outputs(model, stream)
+        self.stepper = Stepper(model, options, self.steps, classes)
+        self.step = 0
+        self.sums = torch.zeros(2, device=self.device)  # of this epoch: loss per step, right guesses
+        self.seconds = 0.0  # of this epoch, training only
+        self.history: list[Epoch] = []
+        self.teacher: Accuracy | None = None
+        self.teacher_hash = ""
+        self.resumed_from: int | None = None
+
+    def learn_from(self, teacher: nn.Module, own: Preprocessing) -> None:
+        """Distil from `teacher`, and say how good it is on this data."""
+        self.stepper.teacher = Teacher.make(teacher, own, self.stream.preprocessing, self.device)
+        self.teacher_hash = _hash_weights(teacher)
+        split = self.evaluation.split
+        chosen = np.random.default_rng(0).permutation(len(split))[:TEACHER_IMAGES]
+        self.teacher = accuracy_on(
+            teacher, eval_batches(split.subset(np.sort(chosen), split.name), own, workers=0)
+        )
+        self.say(f"teacher: {self.teacher} on {self.teacher.images:,} images of {split.name}")
+        if self.teacher.top1 < (100 + 100 / self.stepper.classes) / 2:
+            self.say(
+                "warning: the teacher is nearer to guessing than to being right on this data, and will "
+                "hold the model back; fine-tune the teacher on it first, or set distill = 0"
+            )
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's state. Raises: TrainingError: it is of another run."""
+        _refuse_other_options(json.loads(state["options"]), self._options())
+        for name, now in self._facts().items():
+            if state["facts"][name] != now:
+                raise TrainingError(f"can't resume: the {name} is another than in the checkpoint")
+        if state["machine"] != (machine := _machine(self.device)):
+            self.say(f"note: begun on {state['machine']}, resumed on {machine}: the last bits will differ")
+        self.stepper.load(state["stepper"])
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.sums.copy_(state["sums"])
+        self.history = [Epoch.model_validate_json(each) for each in state["history"]]
+        self.resumed_from = self.step
+        self.say(f"resumed after step {self.step} of {self.steps}")
+
+    def go(self, directory: Path | None, *, shown: bool | None) -> None:
+        """Train to the end, or until a signal."""
+        with (
+            _signals() as stop,
+            mode(self.stepper.model, training=True),
+            progress.bar("fine-tune", self.steps, start=self.step, shown=shown) as tick,
+        ):
+            if self._epoch_is_over():
+                self._end_epoch()
+            self._start_clock()
+            for x, y in self.stream.on(self.device):
+                self._take(x, y)
+                tick(self.step, self._numbers)
+                over = self._epoch_is_over()
+                if stop.requested or self._due(over=over):
+                    self._checkpoint(directory)
+                if stop.requested:
+                    raise InterruptedRunError(self._where_it_stopped(directory))
+                if over:
+                    self._end_epoch()
+
+    def result(self) -> TrainResult:
+        """What the run gave; call it after `go`."""
+        chosen = self.evaluation.split.name.startswith("val")
+        best = max(self.history, key=lambda epoch: epoch.accuracy.top1)
+        last = self.history[-1].accuracy
+        if self.teacher is not None and last.top1 > self.teacher.top1:
+            self.say(f"note: the model ({last}) is now better than its teacher ({self.teacher})")
+        return TrainResult(
+            accuracy=last,
+            evaluated_on=self.evaluation.split.name,
+            history=tuple(self.history),
+            best_epoch=best.epoch if chosen else None,
+            teacher=self.teacher,
+            resumed_from=self.resumed_from,
+        )
+
+    def _take(self, x: Tensor, y: Tensor) -> None:
+        loss, right = self.stepper.take(self.step, x, y)
+        self.sums += torch.stack([loss, right])
+        self.step += 1
+        # Reading a number waits for the GPU, so there it is done now and then.
+        if self.device.type == "cpu" or self.step % FINITE_CHECK_STEPS == 0:
+            self._check_finite()
+
+    def _check_finite(self, *, weights: bool = False) -> None:
+        if bool(self.sums[0].isfinite()) and (not weights or self.stepper.finite()):
+            return
+        raise TrainingError(
+            f"the loss or a weight is no finite number any more at step {self.step} of {self.steps}; lower "
+            f"lr = {self.options.lr:g} or set clip_norm (checkpoints hold the last good weights)"
+        )
+
+    def _epoch_is_over(self) -> bool:
+        return self.step == self.steps_per_epoch * (len(self.history) + 1)
+
+    def _due(self, *, over: bool) -> bool:
+        every = self.options.checkpoint_every
+        return over if every is None else self.step % every == 0 or self.step == self.steps
+
+    def _end_epoch(self) -> None:
+        """Evaluate and begin the next epoch; a checkpoint of this step has this still to do."""
+        self._check_finite(weights=True)
+        self._stop_clock()
+        images = self.steps_per_epoch * self.options.batch_size
+        loss, right = self.sums.tolist()
+        epoch = Epoch(
+            epoch=len(self.history) + 1,
+            loss=loss / self.steps_per_epoch,
+            train_top1=100 * right / images,
+            lr=self.stepper.lr,
+            accuracy=accuracy_on(self.stepper.result, self.evaluation),
+            images_per_s=images / self.seconds,
+        )
+        self.history.append(epoch)
+        self.say(str(epoch))
+        self.sums.zero_()
+        self.seconds = 0.0
+        self._start_clock()
+
+    def _checkpoint(self, directory: Path | None) -> None:
+        if directory is None:
+            return
+        self._check_finite(weights=True)
+        self._stop_clock()
+        state = {
+            "options": json.dumps(self._options()),
+            "facts": self._facts(),
+            "machine": _machine(self.device),
+            "stepper": self.stepper.state(),
+            "step": self.step,
+            "sums": self.sums,
+            "seconds": self.seconds,
+            "history": [epoch.model_dump_json() for epoch in self.history],
+        }
+        checkpoints.write(directory, self.step, state)
+        self._start_clock()
+
+    def _options(self) -> dict[str, Any]:
+        return self.options.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))
+
+    def _facts(self) -> dict[str, str]:
+        form = self.stream.preprocessing
+        return {
+            "training data": self.stream.split.fingerprint,
+            "preprocessing": f"{form.image_size} {form.mean} {form.std} {form.crop_pct} {form.interpolation}",
+            "teacher": self.teacher_hash,
+        }
+
+    def _start_clock(self) -> None:
+        self.clock = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        self.seconds += time.perf_counter() - self.clock
+
+    def _numbers(self) -> str:
+        done = self.step - self.steps_per_epoch * len(self.history)
+        loss, right = (self.sums / done).tolist()
+        speed = done * self.options.batch_size / (self.seconds + time.perf_counter() - self.clock)
+        accuracy = 100 * right / self.options.batch_size
+        return f"epoch {len(self.history) + 1}: loss {loss:.3f}, {accuracy:.1f} %, {speed:,.0f} images/s"
+
+    def _where_it_stopped(self, directory: Path | None) -> str:
+        text = f"stopped after step {self.step} of {self.steps}"
+        return (
+            text if directory is None else f"{text}; resume from the checkpoint in {directory} with --resume"
+        )
+
+
+class _Stop:
+    """Whether a signal asked the run to stop."""
+
+    requested = False
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Note the first SIGINT or SIGTERM instead of dying of it; the second does what it did before."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may set handlers
+        return
+    before: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def request(_number: int, _frame: object) -> None:
+        stop.requested = True
+        restore()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+@contextmanager
+def _own_generators(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with seeded(seed), torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def _memory_errors(batch_size: int) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise TrainingError(
+            f'out of memory at batch_size = {batch_size}; halve it, and lr with it, or set precision = "bf16"'
+        ) from error
+
+
+def _start(directory: Path | None, *, resume: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
+    newest = None if directory is None else checkpoints.newest(directory)
+    if newest is None:
+        if resume:
+            say(f"note: no checkpoint in {directory}: starting from the beginning")
+        return None
+    if not resume:
+        raise TrainingError(f"{directory} has checkpoints of an earlier run: resume it, or remove the folder")
+    return checkpoints.read(newest)
+
+
+def _refuse_other_options(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name, value in now.items():
+        if name in before and before[name] != value:
+            raise TrainingError(
+                f"can't resume: {name} is {value!r} now and was {before[name]!r} in the checkpoint"
+            )
+
+
+def _move(model: nn.Module, device: torch.device, layout: torch.memory_format | None) -> None:
+    model.to(device)
+    if layout is not None:
+        model.to(memory_format=layout)
+
+
+@torch.no_grad()
+def _count_outputs(model: nn.Module, stream: Batches) -> int:
+    """Return how many classes the model tells apart. Raises: DataError: not those of the data."""
+    with mode(model, training=False):
+        logits = model(torch.zeros(1, 3, *stream.preprocessing.image_size, device=device_of(model)))
+    check_classes(logits, torch.zeros(1), stream.split)
+    return int(logits.shape[1])
+
+
+def _hash_weights(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _machine(device: torch.device) -> str:
+    """Return what the last bits of a sum depend on."""
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
