@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -99,26 +101,36 @@ class ArrowGram:
 
         `ridge` is in units of the mean square of the common regressors. Large values give `start` back.
         """
-        scale = (self.common_common.diagonal().mean() + 1e-300) * ridge
-        shared = self.common_common + scale * torch.eye(len(self.common_common), dtype=torch.float64, device=scale.device)
-        private = self.private_private + scale * torch.eye(
-            self.private_private.shape[-1], dtype=torch.float64, device=scale.device
+        # numpy and scipy, not torch: torch's CPU LAPACK was seen to hang with more than one thread (MKL, 2026-11).
+        shared, cross, private, wanted_common, wanted_private, start_common, start_private = (
+            tensor.cpu().numpy()
+            for tensor in (
+                self.common_common,
+                self.common_private,
+                self.private_private,
+                self.output_common,
+                self.output_private,
+                *start,
+            )
         )
-        wanted_common = self.output_common + scale * start.common
-        wanted_private = self.output_private + scale * start.private
-        factor = torch.linalg.cholesky(shared)
-        groups, common, width = self.common_private.shape
-        # One triangular solve for all groups: A^-1 [B | C^T].
-        columns = torch.cat(
-            [self.common_private.transpose(0, 1).flatten(1), wanted_common.flatten(0, 1).T], dim=1
+        groups, common, width = cross.shape
+        pull = ridge * max(float(np.diagonal(shared).mean()), np.finfo(np.float64).tiny)
+        wanted_common = wanted_common + pull * start_common
+        wanted_private = wanted_private + pull * start_private
+        factor = scipy.linalg.cho_factor(shared + pull * np.eye(common))
+        # One solve for all groups: A^-1 [B | C^T], then each group's Schur complement.
+        columns = np.concatenate(
+            [cross.transpose(1, 0, 2).reshape(common, -1), wanted_common.reshape(-1, common).T], axis=1
         )
-        solved = torch.cholesky_solve(columns, factor)
-        coupling = solved[:, : groups * width].reshape(common, groups, width).transpose(0, 1)
+        solved = scipy.linalg.cho_solve(factor, columns)
+        coupling = solved[:, : groups * width].reshape(common, groups, width).transpose(1, 0, 2)
         direct = solved[:, groups * width :].T.reshape(groups, -1, common)
-        complement = private - self.common_private.transpose(1, 2) @ coupling
+        complement = private + pull * np.eye(width) - cross.transpose(0, 2, 1) @ coupling
         residual = wanted_private - wanted_common @ coupling
-        v = torch.linalg.solve(complement, residual.transpose(1, 2)).transpose(1, 2)
-        return ArrowWeights(common=direct - v @ coupling.transpose(1, 2), private=v)
+        v = np.linalg.solve(complement, residual.transpose(0, 2, 1)).transpose(0, 2, 1)
+        u = direct - v @ coupling.transpose(0, 2, 1)
+        device = self.common_common.device
+        return ArrowWeights(torch.from_numpy(u).to(device), torch.from_numpy(np.ascontiguousarray(v)).to(device))
 
 
 def relative_error(squared_error: Tensor, squared_norm: Tensor) -> float:
