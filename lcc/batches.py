@@ -75,7 +75,7 @@ class Augment(Protocol):
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the generators of random, numpy and torch (CPU) for a block, then put them back."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (timm draws from it)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
@@ -236,7 +236,7 @@ class Samples(Dataset[Any]):
     seed: int = 0
 
     def __getitem__(self, draw: tuple[int, NDArray[np.int64]]) -> tuple[Tensor, Tensor] | DataError:
-        """Return images, uint8 or normalised float32, and labels; an error is returned, to cross processes whole."""
+        """Return images, uint8 or normalised float32, and labels; or the error, so that it crosses processes."""
         epoch, indices = draw
         try:
             pixels, labels = self.source(epoch, indices)

@@ -91,7 +91,7 @@ def finetune(
     """Train `model` in place, and leave it in eval mode on the device where it was.
 
     `teacher_preprocessing` None: the model's. `resume` goes on from the newest checkpoint, or starts if there
-    is none. `workers` changes nothing but speed; `shown` None: a progress bar on a terminal; `say` takes notes.
+    is none. `workers` changes only the speed; `shown` None: a progress bar on a terminal; `say` takes notes.
     Raises: TrainingError: the loss is not finite, no memory, a checkpoint that doesn't fit;
     InterruptedRunError: stopped by a signal, after a checkpoint; DataError; RecipeError.
     """
@@ -191,9 +191,9 @@ class _Run:
             mode(self.stepper.model, training=True),
             progress.bar("fine-tune", self.steps, start=self.step, shown=shown) as tick,
         ):
+            self._start_clock()
             if self._epoch_is_over():
                 self._end_epoch()
-            self._start_clock()
             for x, y in self.stream.on(self.device):
                 self._take(x, y)
                 tick(self.step, self._numbers)
