@@ -48,7 +48,7 @@ def read(tmp_path):
 
 
 def refusal(read, text, *overrides):
-    """Return the one line that a recipe is refused with, the file and all."""
+    """Return the one line that a recipe is refused with."""
     with pytest.raises(RecipeError) as caught:
         read(text, *overrides)
     assert len(str(caught.value).splitlines()) == 1
