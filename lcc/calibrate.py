@@ -153,8 +153,8 @@ class _TwoStreamNorm:
     def __init__(self, norm: _BatchNorm) -> None:
         self.norm = norm
         self.seen: list[tuple[Tensor, Tensor]] = []
-        assert norm.running_mean is not None  # noqa: S101  # _norms chose it so
-        assert norm.running_var is not None  # noqa: S101
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         self.mean, self.var = norm.running_mean.clone(), norm.running_var.clone()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -167,8 +167,8 @@ class _TwoStreamNorm:
         self.seen.append((converted_half.mean(dims), converted_half.var(dims)))
         mean = torch.stack([mean for mean, _ in self.seen]).mean(0)
         var = torch.stack([var for _, var in self.seen]).mean(0)
-        assert self.norm.running_mean is not None  # noqa: S101
-        assert self.norm.running_var is not None  # noqa: S101
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
         self.norm.running_mean.copy_(mean)
         self.norm.running_var.copy_(var)
         return torch.cat([wanted, self._normalise(converted_half, mean, var)])

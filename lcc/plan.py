@@ -96,7 +96,9 @@ class Plan(Frozen):
         return {site: group.method for group in self.groups for site in group.sites}
 
 
-def rules_for(method: Method, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()) -> tuple[Rule, ...]:
+def rules_for(
+    method: Method, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
+) -> tuple[Rule, ...]:
     """Return the rules that a bare method with --include and --exclude globs stands for."""
     kept = (Rule(match=exclude),) if exclude else ()
     return (*kept, Rule(match=include or ("*",), method=method))
@@ -114,13 +116,17 @@ def make_plan(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> Plan:
     for site in sites:
         rule = next((rule for rule in rules if rule.matches(site)), None)
         if rule is None or rule.method is None:
-            kept.append(Kept(site=site.name, reason=site.obstacle or (NO_RULE if rule is None else DENSE_BY_RULE)))
+            kept.append(
+                Kept(site=site.name, reason=site.obstacle or (NO_RULE if rule is None else DENSE_BY_RULE))
+            )
             continue
         reason = site.why_not(rule.method)
         if reason is None:
             taken.setdefault(rule.method, []).append(site.name)
         elif rule.spells_out(site):
-            raise RecipeError(f"{site.name} can't be converted by {rule.method}: {reason}; match it with a glob to skip it")
+            raise RecipeError(
+                f"{site.name} can't be converted by {rule.method}: {reason}; match it with a glob to skip it"
+            )
         else:
             kept.append(Kept(site=site.name, reason=reason))
     if not taken:
@@ -144,5 +150,7 @@ def _nothing(kept: list[Kept]) -> str:
     for entry in kept:
         counts[entry.reason] = counts.get(entry.reason, 0) + 1
     reasons = sorted(counts.items(), key=lambda item: -item[1])
-    listed = "; ".join(f"{count} x {reason}" for reason, count in reasons[:3]) or "the network has no convolution"
+    listed = (
+        "; ".join(f"{count} x {reason}" for reason, count in reasons[:3]) or "the network has no convolution"
+    )
     return f"nothing to convert among {len(kept)} sites: {listed}; `lcc inspect` lists them all"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from lcc.errors import RecipeError
-from lcc.methods import METHODS, Method
+from lcc.methods import METHODS, Method, parse_method
 from lcc.plan import Rule
 from lcc.specs import Frozen
 
@@ -151,6 +151,46 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
         raise RecipeError(f"{path}{''.join(blamed)}: {problem}") from error
     except _DateError as error:
         raise RecipeError(f"{path}: {error} is a date, which no key takes; put it in quotes") from error
+
+
+def text_with(path: str | Path, overrides: tuple[str, ...] = ()) -> str:
+    """Return a recipe file's text as given, the overrides laid over it as comments at its end."""
+    text = Path(path).read_text(encoding="utf-8")
+    return text + "".join(f"# --set {override}\n" for override in overrides)
+
+
+def finetune_options(given: dict[str, Any], overrides: tuple[str, ...] = ()) -> Finetune:
+    """Return training options: those given by name, with `--set` overrides such as "lr=1e-3" laid over them.
+
+    Raises: RecipeError: one line with the key, what is wrong and what would be right.
+    """
+    document = dict(given)
+    for override in overrides:
+        _override_(document, override)
+    try:
+        return Finetune.model_validate_json(json.dumps(document, default=_refuse_date))
+    except ValidationError as error:
+        raise RecipeError(f"fine-tuning option {in_words(error, Finetune)}") from error
+
+
+def method_from_text(text: str) -> Method:
+    """Return the method of "linear_mix" or "linear_mix:group_size=8,stencil=cross". Raises: RecipeError."""
+    name, _, rest = text.partition(":")
+    fields: dict[str, Any] = {"name": name}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise RecipeError(f"--method {text}: {part!r} is no hyperparameter=value")
+        try:
+            fields[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            fields[key.strip()] = value.strip()  # text needs no quotes here
+    try:
+        return parse_method(fields)
+    except ValidationError as error:
+        raise RecipeError(f"--method {text}: {in_words(error, METHODS[name])}") from error
+    except ValueError as error:
+        raise RecipeError(f"--method {text}: {error}") from error
 
 
 def in_words(error: ValidationError, root: type[BaseModel]) -> str:

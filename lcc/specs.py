@@ -72,7 +72,12 @@ class ConvSpec(Frozen):
         height, width = (
             (n + 2 * p - d * (k - 1) - 1) // s + 1
             for n, p, d, k, s in zip(
-                (size.height, size.width), self.margin, self.dilation, self.kernel_size, self.stride, strict=True
+                (size.height, size.width),
+                self.margin,
+                self.dilation,
+                self.kernel_size,
+                self.stride,
+                strict=True,
             )
         )
         return Size(height=height, width=width)
@@ -80,7 +85,9 @@ class ConvSpec(Frozen):
     @property
     def weights(self) -> int:
         """How many numbers the kernel has."""
-        return self.out_channels * (self.in_channels // self.groups) * self.kernel_size[0] * self.kernel_size[1]
+        return (
+            self.out_channels * (self.in_channels // self.groups) * self.kernel_size[0] * self.kernel_size[1]
+        )
 
     @property
     def params(self) -> int:

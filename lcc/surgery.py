@@ -39,7 +39,7 @@ def conv_spec(conv: nn.Conv2d) -> ConvSpec:
         out_channels=conv.out_channels,
         kernel_size=_pair(conv.kernel_size),
         stride=_pair(conv.stride),
-        padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),  # type: ignore[arg-type]  # checked by pydantic
+        padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),  # type: ignore[arg-type]  # pydantic checks
         dilation=_pair(conv.dilation),
         groups=conv.groups,
         bias=conv.bias is not None,
@@ -88,7 +88,9 @@ def replace_(model: nn.Module, plan: Plan) -> dict[str, nn.Conv2d]:
         conv = modules.get(site)
         if type(conv) is not nn.Conv2d:
             what = "no module" if conv is None else f"a {type(conv).__name__}"
-            raise RecipeError(f"the plan converts {site!r}, but this network has {what} there; make a new plan")
+            raise RecipeError(
+                f"the plan converts {site!r}, but this network has {what} there; make a new plan"
+            )
         spec = conv_spec(conv)
         reason = method.why_not(spec)
         if reason is not None:

@@ -19,7 +19,7 @@ def parse_method(value: Any) -> Method:
     """Return the method that a mapping with a `name` describes. Raises: ValueError with the known names."""
     if isinstance(value, Method):
         return value
-    if not isinstance(value, dict) or "name" not in value:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ValueError('a method is a table with a name, such as { name = "linear_mix" }')
     kind = METHODS.get(value["name"])
     if kind is None:

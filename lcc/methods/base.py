@@ -1,4 +1,4 @@
-"""The contract between a method and the rest of lcc: `Method` decides, `LowCostOp` computes, `Fit` reports."""
+"""A method's contract with the rest of lcc: `Method` decides, `LowCostOp` computes, `Fit` reports."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class LinearMix(Method):
 class CrossConv2d(nn.Conv2d):
     """A grouped convolution whose kernel is a cross: the full row and column through the centre.
 
-    `weight` is (C_out, C_in / G, kh + kw - 1): the row from left to right, then the column without its centre.
+    `weight` is (C_out, C_in / G, kh + kw - 1): the row, then the column without its centre.
     """
 
     def __init__(self, *args: int, **kwargs: object) -> None:
@@ -342,7 +342,7 @@ class LinearMixOp(LowCostOp):
 
 
 class LinearMixStatistics:
-    """Gram matrices of the centre taps of all channels and the other taps of each group, at sampled positions.
+    """Gram matrices of all channels' centre taps and each group's other taps, at sampled positions.
 
     Regressors are the input under each tap: the centre ones are common to all outputs, the others private
     to a channel group. Every fifth image is held out.
@@ -380,7 +380,9 @@ class LinearMixStatistics:
                 n, at = image[rows], positions[rows]
                 self._add_samples(gram, padded, outputs, n, at // width, at % width)
 
-    def _add_samples(self, gram: ArrowGram, padded: Tensor, outputs: Tensor, n: Tensor, i: Tensor, j: Tensor) -> None:
+    def _add_samples(
+        self, gram: ArrowGram, padded: Tensor, outputs: Tensor, n: Tensor, i: Tensor, j: Tensor
+    ) -> None:
         (sh, sw), (dh, dw), (kh, kw) = self.spec.stride, self.spec.dilation, self.spec.kernel_size
 
         def under(tap: tuple[int, int]) -> Tensor:

@@ -101,7 +101,7 @@ class ArrowGram:
 
         `ridge` is in units of the mean square of the common regressors. Large values give `start` back.
         """
-        # numpy and scipy, not torch: torch's CPU LAPACK was seen to hang with more than one thread (MKL, 2026-11).
+        # numpy and scipy, not torch: torch's LAPACK was seen to hang with two threads (MKL, 2026-11).
         shared, cross, private, wanted_common, wanted_private, start_common, start_private = (
             tensor.cpu().numpy()
             for tensor in (
@@ -130,7 +130,8 @@ class ArrowGram:
         v = np.linalg.solve(complement, residual.transpose(0, 2, 1)).transpose(0, 2, 1)
         u = direct - v @ coupling.transpose(0, 2, 1)
         device = self.common_common.device
-        return ArrowWeights(torch.from_numpy(u).to(device), torch.from_numpy(np.ascontiguousarray(v)).to(device))
+        u, v = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in (u, v))
+        return ArrowWeights(common=u, private=v)
 
 
 def relative_error(squared_error: Tensor, squared_norm: Tensor) -> float:

@@ -1,0 +1,153 @@
+"""A network with all that is known of it: from a source, a checkpoint file or an lcc directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lcc import artifact, models
+from lcc.counts import count_macs, count_params
+from lcc.directory import WEIGHTS
+from lcc.errors import SourceError
+from lcc.plan import Plan, Site
+from lcc.report import LayerRow, ModelRow
+from lcc.surgery import find_sites
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lcc.evaluation import Accuracy
+    from lcc.manifest import Event
+    from lcc.methods import Fit
+    from lcc.models import Loaded
+    from lcc.recipe import ModelPart
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is known of a network; `plan` is empty where nothing was converted.
+
+    `size_bytes` is that of its weights' file, None where it has none of its own.
+    """
+
+    name: str
+    loaded: Loaded
+    plan: Plan = field(default_factory=Plan)
+    fits: dict[str, Fit] = field(default_factory=dict)
+    history: tuple[Event, ...] = ()
+    size_bytes: int | None = None
+
+    @property
+    def example(self) -> Tensor:
+        """A seeded random image of its size, (1, C, H, W)."""
+        preprocessing = self.loaded.preprocessing
+        shape = (1, len(preprocessing.mean), *preprocessing.image_size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def but(self, **changes: object) -> Network:
+        """Return it with some fields changed."""
+        return replace(self, **changes)  # type: ignore[arg-type]  # the fields' own types
+
+    def row(
+        self,
+        *,
+        accuracy: Accuracy | None = None,
+        data: str | None = None,
+        sites: tuple[Site, ...] = (),
+    ) -> ModelRow:
+        """Return its line of a report, without latencies; `sites`, of the original, make the layer table."""
+        model = self.loaded.model
+        count = count_macs(model, self.example, self.plan.methods())
+        converted = len(self.plan.methods())
+        return ModelRow(
+            name=self.name,
+            source=str(self.loaded.source),
+            random_weights=self.loaded.source.is_random and not self.history_trained,
+            params=count_params(model),
+            macs=count.macs,
+            flops=count.flops,
+            uncounted=(*count.uncounted, *count.never_called),
+            size_bytes=self.size_bytes,
+            accuracy=accuracy,
+            data=data,
+            converted=converted or None,
+            kept=len(self.plan.kept) if converted else None,
+            history=tuple(event.command for event in self.history),
+            layers=layer_rows(sites, self.plan, self.fits),
+        )
+
+    @property
+    def history_trained(self) -> bool:
+        """Whether its weights were trained by lcc, random as they may have been at first."""
+        return any(
+            event.changed_weights and not event.command.startswith("lcc convert") for event in self.history
+        )
+
+
+def open_network(
+    part: ModelPart, *, trust_pickle: bool = False, trust_code: bool = False, name: str | None = None
+) -> Network:
+    """Return the network that the options of a command or a recipe mean.
+
+    Raises: SourceError, ArtifactError: anything that can't be found, read, trusted or made to fit.
+    """
+    path = Path(part.source)
+    if path.is_dir():
+        return _open_directory(part, path, trust_code=trust_code, name=name)
+    loaded = models.load(**part.model_dump(), trust_pickle=trust_pickle)
+    size = path.stat().st_size if path.is_file() else None
+    return Network(name=name or _short(part.source), loaded=loaded, size_bytes=size)
+
+
+def original_of(network: Network, *, trust_code: bool = False) -> Network:
+    """Return a converted network's original: its architecture, with random weights."""
+    loaded = network.loaded
+    model = models.build(loaded.source, trust_code=trust_code)
+    return Network(name="original", loaded=replace(loaded, model=model))
+
+
+def sites_of(network: Network) -> tuple[Site, ...]:
+    """Return the sites of a network."""
+    return find_sites(network.loaded.model, network.example)
+
+
+def layer_rows(sites: tuple[Site, ...], plan: Plan, fits: dict[str, Fit]) -> tuple[LayerRow, ...]:
+    """Return what the plan changes at every site that it converts."""
+    methods = plan.methods()
+    return tuple(
+        LayerRow(
+            site=site.name,
+            spec=site.spec,
+            size=site.sizes[0],
+            method=str(methods[site.name]),
+            before=site.cost(),
+            after=site.cost_with(methods[site.name]),
+            fit=fits.get(site.name),
+        )
+        for site in sites
+        if site.name in methods
+    )
+
+
+def _open_directory(part: ModelPart, path: Path, *, trust_code: bool, name: str | None) -> Network:
+    given = part.model_dump(exclude={"source"}, exclude_defaults=True)
+    if given:
+        option = next(iter(given)).replace("_", "-")
+        raise SourceError(f"{path} is an lcc directory and says itself what it holds; leave out --{option}")
+    loaded, manifest, directory = artifact.load(path, trust_code=trust_code)
+    return Network(
+        name=name or path.resolve().name,
+        loaded=loaded,
+        plan=manifest.plan,
+        fits=manifest.fits,
+        history=manifest.history,
+        size_bytes=(directory / WEIGHTS).stat().st_size,
+    )
+
+
+def _short(source: str) -> str:
+    """Return the part of a source that names a model or a file."""
+    return Path(source).stem if Path(source).is_file() else source.rpartition(":")[2]
