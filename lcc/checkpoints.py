@@ -16,6 +16,7 @@ import torch
 from lcc.errors import TrainingError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 POINTER = "latest"
@@ -48,6 +49,30 @@ def write(directory: Path, step: int, state: dict[str, Any]) -> None:
         _prune(directory, final.name)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         raise TrainingError(f"{final}: the checkpoint can't be written: {error}") from error
+
+
+def begin(directory: Path | None, *, resume: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Return the state to go on from; None: from the start.
+
+    Raises: TrainingError: a new run would mix with an old one's checkpoints; the newest one is damaged.
+    """
+    checkpoint = None if directory is None else newest(directory)
+    if checkpoint is None:
+        if resume:
+            say(f"note: no checkpoint in {directory}, starting from the beginning")
+        return None
+    if not resume:
+        raise TrainingError(f"{directory} has checkpoints of an earlier run: resume it, or remove the folder")
+    return read(checkpoint)
+
+
+def refuse_another(kind: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on where something else was begun. Raises: TrainingError: names what differs."""
+    for name, value in now.items():
+        if name in before and before[name] != value:
+            raise TrainingError(
+                f"can't resume: the {kind} {name} is {value!r} now and was {before[name]!r} in the checkpoint"
+            )
 
 
 def newest(directory: Path) -> Path | None:

@@ -10,26 +10,26 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import math
 import re
-import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 
 from lcc.errors import DataError
+from lcc.readers import Array, Files, Subset, TimmReader, one_line, read_idx
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
+    from PIL import Image
     from torch import Tensor
+
+    from lcc.readers import Images
 
 Part = Literal["train", "val", "test"]
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
@@ -58,16 +58,6 @@ class Preprocessing(Protocol):
     @property
     def interpolation(self) -> str:
         """Timm's name of the resize filter."""
-
-
-class Images(Protocol):
-    """Labelled RGB images in a fixed order."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Return image and label. Raises: DataError: the image is damaged."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,7 @@ class Split:
     def subset(self, indices: NDArray[np.int64], name: str) -> Split:
         """Return the images with these indices, in this order."""
         labels = None if self.labels is None else self.labels[indices]
-        return replace(self, name=name, images=_Subset(self.images, indices), labels=labels)
+        return replace(self, name=name, images=Subset(self.images, indices), labels=labels)
 
 
 def open_split(text: str, part: Part) -> Split:
@@ -143,7 +133,8 @@ def images(text: str, preprocessing: Preprocessing, count: int, seed: int = 0) -
         raise DataError(f"{text}: has {len(split)} training images, {count} were asked for")
     transform = pixels_transform(preprocessing)
     chosen = np.random.default_rng(seed).permutation(len(split))[:count]
-    return normalise(torch.stack([transform(split.images[int(index)][0]) for index in chosen]), preprocessing)
+    pixels = torch.stack([transform(split.images[int(index)][0]) for index in chosen])
+    return Normaliser(preprocessing, pixels.device)(pixels)
 
 
 def pixels_transform(
@@ -162,12 +153,16 @@ def pixels_transform(
     return _Pixels(preprocessing.image_size, crop_pct or preprocessing.crop_pct, transform)
 
 
-def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """Return float32 (N, 3, H, W) with mean and std taken off; `pixels` are uint8, on any device."""
-    shape = (1, -1, 1, 1)
-    mean = torch.tensor(preprocessing.mean, device=pixels.device).mul_(255).view(shape)
-    std = torch.tensor(preprocessing.std, device=pixels.device).mul_(255).view(shape)
-    return pixels.float().sub_(mean).div_(std)
+class Normaliser:
+    """Turns uint8 images (N, 3, H, W) on `device` into float32 with mean 0 and deviation 1 over the data."""
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
+        self.mean = torch.tensor(preprocessing.mean, device=device).mul_(255).view(1, -1, 1, 1)
+        self.std = torch.tensor(preprocessing.std, device=device).mul_(255).view(1, -1, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the same images, normalised."""
+        return pixels.float().sub_(self.mean).div_(self.std)
 
 
 @dataclass(frozen=True)
@@ -184,62 +179,6 @@ class _Pixels:
 
 class _NoSuchPartError(DataError):
     """The data set has no such part."""
-
-
-@dataclass(frozen=True)
-class _Subset:
-    images: Images
-    indices: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[int(self.indices[index])]
-
-
-@dataclass(frozen=True)
-class _Files:
-    paths: tuple[str, ...]
-    labels: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return _read_image(self.paths[index]), int(self.labels[index])
-
-
-@dataclass(frozen=True)
-class _Array:
-    """Images in memory: uint8 (N, H, W) or (N, H, W, 3)."""
-
-    pixels: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """A map-style data set of timm."""
-
-    text: str
-    dataset: Any
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        try:
-            image, label = self.dataset[index]
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"{self.text}: image {index} can't be read: {_one_line(error)}") from error
-        return image.convert("RGB"), int(label)
 
 
 def _carve(text: str, val_split: float, seed: int) -> tuple[Split, Split]:
@@ -272,20 +211,20 @@ def _imagefolder(text: str, root: Path, part: Part) -> Split:
         paths += found
         labels += [label] * len(found)
     numbers = np.array(labels, dtype=np.int64)
-    return Split(text, part, _Files(tuple(paths), numbers), numbers, class_names)
+    return Split(text, part, Files(tuple(paths), numbers), numbers, class_names)
 
 
 _IDX_PARTS: dict[Part, str] = {"train": "train", "val": "val", "test": "(?:t10k|test)"}
 
 
 def _idx(text: str, root: Path, part: Part) -> Split:
-    pixels = _read_idx(_idx_file(text, root, part, "images"))
-    labels = _read_idx(_idx_file(text, root, part, "labels")).astype(np.int64)
+    pixels = read_idx(_idx_file(text, root, part, "images"))
+    labels = read_idx(_idx_file(text, root, part, "labels")).astype(np.int64)
     if pixels.ndim not in {3, 4} or labels.ndim != 1 or len(pixels) != len(labels):
         raise DataError(
             f"{text}: {part} images of shape {pixels.shape} and labels of {labels.shape} don't fit"
         )
-    return Split(text, part, _Array(pixels, labels), labels)
+    return Split(text, part, Array(pixels, labels), labels)
 
 
 def _idx_file(text: str, root: Path, part: Part, what: str) -> Path:
@@ -294,22 +233,6 @@ def _idx_file(text: str, root: Path, part: Part, what: str) -> Path:
     if not found:
         raise _NoSuchPartError(f"{text}: has no file like {part}-{what}-idx?-ubyte or the same with .gz")
     return found[0]
-
-
-def _read_idx(path: Path) -> NDArray[np.uint8]:
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged file: {_one_line(error)}") from error
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08":
-        raise DataError(f"{path}: not an IDX file of bytes")
-    start = 4 + 4 * data[3]
-    shape = tuple(int(n) for n in np.frombuffer(data[4:start], dtype=">u4"))
-    if len(data) != start + math.prod(shape):
-        raise DataError(
-            f"{path}: damaged file: {len(data)} bytes, its header says {start + math.prod(shape)}"
-        )
-    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)
 
 
 def _torchvision(text: str, root: Path, part: Part) -> Split:
@@ -331,9 +254,9 @@ def _torchvision(text: str, root: Path, part: Part) -> Split:
             cifar = kind(root, train=part == "train")
             pixels, targets, names = cifar.data, cifar.targets, cifar.classes
     except (RuntimeError, OSError) as error:
-        raise DataError(f"{text}: not a folder of torchvision's {scheme}: {_one_line(error)}") from error
+        raise DataError(f"{text}: not a folder of torchvision's {scheme}: {one_line(error)}") from error
     labels = np.asarray(targets, dtype=np.int64)
-    return Split(text, part, _Array(pixels, labels), labels, tuple(names))
+    return Split(text, part, Array(pixels, labels), labels, tuple(names))
 
 
 _OPENERS: dict[str, Callable[[str, Path, Part], Split]] = {
@@ -355,20 +278,8 @@ def _timm_reader(text: str, name: str, root: str, part: Part) -> Split:
         raise DataError(f"{text}: needs the package {error.name}: pip install {error.name}") from error
     except Exception as error:  # readers wrap other people's libraries, which raise anything
         kind = _NoSuchPartError if part == "val" else DataError
-        raise kind(f"{text}: timm can't open its {split} split: {_one_line(error)}") from error
+        raise kind(f"{text}: timm can't open its {split} split: {one_line(error)}") from error
     if not hasattr(dataset, "__getitem__"):
         raise DataError(f"{text}: is a stream without numbered images; use hfds/, torch/ or a folder instead")
     names = getattr(dataset, "classes", None)
-    return Split(text, part, _Reader(text, dataset), None, None if names is None else tuple(names))
-
-
-def _read_image(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: damaged image: {_one_line(error)}; replace or remove it") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return Split(text, part, TimmReader(text, dataset), None, None if names is None else tuple(names))

@@ -50,6 +50,21 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
+def placed(model: nn.Module, device: torch.device, *, channels_last: bool = False) -> Iterator[None]:
+    """Put a model on a device, in a memory format, for a block; then back where it was."""
+    home = device_of(model)
+    model.to(device)
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        model.to(home)
+        if channels_last:
+            model.to(memory_format=torch.contiguous_format)
+
+
+@contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Put a model in training or evaluation mode for a block, then every module back in its own."""
     before = {module: module.training for module in model.modules()}
@@ -69,11 +84,8 @@ def evaluate(
     `shown`: a progress bar on stderr; None: only on a terminal.
     Raises: DataError: a damaged image, another number of classes than the model's; RecipeError: the device.
     """
-    home = device_of(model)
-    try:
-        return accuracy_on(model.to(pick_device(device)), batches, shown=shown)
-    finally:
-        model.to(home)
+    with placed(model, pick_device(device)):
+        return accuracy_on(model, batches, shown=shown)
 
 
 @torch.no_grad()
@@ -92,6 +104,16 @@ def accuracy_on(model: nn.Module, batches: Batches, *, shown: bool | None = Fals
             tick(done)
     top1, top5 = (100 * count / images for count in hits.tolist())
     return Accuracy(top1=top1, top5=top5 if classes > 5 else None, images=images)
+
+
+@torch.no_grad()
+def count_outputs(model: nn.Module, batches: Batches) -> int:
+    """Return how many classes the model tells apart. Raises: DataError: not those of the data."""
+    size = batches.preprocessing.image_size
+    with mode(model, training=False):
+        logits = model(torch.zeros(1, len(batches.preprocessing.mean), *size, device=device_of(model)))
+    check_classes(logits, torch.zeros(1), batches.split)
+    return int(logits.shape[1])
 
 
 def check_classes(logits: object, labels: Tensor, split: Split) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcc.batches import mixed_bits
+from lcc.augment import mixed_bits
 from lcc.errors import RecipeError, TrainingError
 
 if TYPE_CHECKING:

@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import signal
-import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from lcc import checkpoints, progress
-from lcc.batches import eval_batches, seeded, train_batches
+from lcc.augment import seeded
+from lcc.batches import eval_batches, train_batches
 from lcc.data import open_eval, open_train
 from lcc.errors import InterruptedRunError, TrainingError
-from lcc.evaluation import Accuracy, accuracy_on, check_classes, device_of, mode, pick_device
+from lcc.evaluation import Accuracy, accuracy_on, count_outputs, device_of, mode, pick_device, placed
+from lcc.interrupts import signals
 from lcc.specs import Frozen
 from lcc.steps import Stepper, Teacher
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from lcc.batches import Batches
     from lcc.data import Preprocessing
@@ -95,33 +96,29 @@ def finetune(
     Raises: TrainingError: the loss is not finite, no memory, a checkpoint that doesn't fit;
     InterruptedRunError: stopped by a signal, after a checkpoint; DataError; RecipeError.
     """
-    start = _start(checkpoint_dir, resume=resume, say=say)
-    home, target = device_of(model), pick_device(device)
+    start = checkpoints.begin(checkpoint_dir, resume=resume, say=say)
+    target = pick_device(device)
     train = open_train(options.data, val_split=options.val_split, seed=options.seed)
     held_out = open_eval(options.data, val_split=options.val_split, seed=options.seed)
-    _move(model, target, torch.channels_last if options.channels_last else None)
-    try:
-        with _own_generators(options.seed, target), _memory_errors(options.batch_size):
-            stream = train_batches(
-                train,
-                preprocessing,
-                options,
-                batch_size=options.batch_size,
-                epochs=options.epochs,
-                start=0 if start is None else int(start["step"]),
-                workers=workers,
-            )
-            evaluation = eval_batches(held_out, preprocessing, workers=workers)
-            run = _Run(model, stream, evaluation, options, say)
-            if teacher is not None and options.distill > 0:
-                run.learn_from(teacher, teacher_preprocessing or preprocessing)
-            if start is not None:
-                run.restore(start)
-            run.go(checkpoint_dir, shown=shown)
-            run.stepper.hand_over()
-    finally:
-        _move(model, home, torch.contiguous_format if options.channels_last else None)
-        model.eval()
+    expert = nn.Identity() if teacher is None or options.distill == 0 else teacher
+    with (
+        placed(model, target, channels_last=options.channels_last),
+        placed(expert, target),
+        mode(expert, training=False),
+        _own_generators(options.seed, target),
+        _memory_errors(options.batch_size),
+    ):
+        first = 0 if start is None else int(start["step"])
+        stream = train_batches(train, preprocessing, options, start=first, workers=workers)
+        evaluation = eval_batches(held_out, preprocessing, batch_size=2 * options.batch_size, workers=workers)
+        run = _Run(model, stream, evaluation, options, say)
+        if expert is teacher:
+            run.learn_from(teacher, teacher_preprocessing or preprocessing)
+        if start is not None:
+            run.restore(start)
+        run.go(checkpoint_dir, shown=shown)
+        run.stepper.hand_over()
+    model.eval()
     return run.result()
 
 
@@ -143,7 +140,7 @@ class _Run:
         self.say = say
         self.steps_per_epoch = len(stream.split) // options.batch_size
         self.steps = options.epochs * self.steps_per_epoch
-        classes = _count_outputs(model, stream)
+        classes = count_outputs(model, stream)
         self.stepper = Stepper(model, options, self.steps, classes)
         self.step = 0
         self.sums = torch.zeros(2, device=self.device)  # of this epoch: loss per step, right guesses
@@ -171,10 +168,8 @@ class _Run:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's state. Raises: TrainingError: it is of another run."""
-        _refuse_other_options(json.loads(state["options"]), self._options())
-        for name, now in self._facts().items():
-            if state["facts"][name] != now:
-                raise TrainingError(f"can't resume: the {name} is another than in the checkpoint")
+        checkpoints.refuse_another("option", json.loads(state["options"]), self._options())
+        checkpoints.refuse_another("hash of the", state["facts"], self._facts())
         if state["machine"] != (machine := _machine(self.device)):
             self.say(f"note: begun on {state['machine']}, resumed on {machine}: the last bits will differ")
         self.stepper.load(state["stepper"])
@@ -187,7 +182,7 @@ class _Run:
     def go(self, directory: Path | None, *, shown: bool | None) -> None:
         """Train to the end, or until a signal."""
         with (
-            _signals() as stop,
+            signals() as stop,
             mode(self.stepper.model, training=True),
             progress.bar("fine-tune", self.steps, start=self.step, shown=shown) as tick,
         ):
@@ -287,9 +282,10 @@ class _Run:
 
     def _facts(self) -> dict[str, str]:
         form = self.stream.preprocessing
+        text = f"{form.image_size} {form.mean} {form.std} {form.crop_pct} {form.interpolation}"
         return {
             "training data": self.stream.split.fingerprint,
-            "preprocessing": f"{form.image_size} {form.mean} {form.std} {form.crop_pct} {form.interpolation}",
+            "preprocessing": _hash(text.encode()),
             "teacher": self.teacher_hash,
         }
 
@@ -313,37 +309,6 @@ class _Run:
         )
 
 
-class _Stop:
-    """Whether a signal asked the run to stop."""
-
-    requested = False
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Note the first SIGINT or SIGTERM instead of dying of it; the second does what it did before."""
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may set handlers
-        return
-    before: dict[signal.Signals, Any] = {}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    def request(_number: int, _frame: object) -> None:
-        stop.requested = True
-        restore()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        restore()
-
-
 @contextmanager
 def _own_generators(seed: int, device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
@@ -355,50 +320,23 @@ def _own_generators(seed: int, device: torch.device) -> Iterator[None]:
 def _memory_errors(batch_size: int) -> Iterator[None]:
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
         raise TrainingError(
             f'out of memory at batch_size = {batch_size}; halve it, and lr with it, or set precision = "bf16"'
         ) from error
 
 
-def _start(directory: Path | None, *, resume: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
-    newest = None if directory is None else checkpoints.newest(directory)
-    if newest is None:
-        if resume:
-            say(f"note: no checkpoint in {directory}: starting from the beginning")
-        return None
-    if not resume:
-        raise TrainingError(f"{directory} has checkpoints of an earlier run: resume it, or remove the folder")
-    return checkpoints.read(newest)
-
-
-def _refuse_other_options(before: dict[str, Any], now: dict[str, Any]) -> None:
-    for name, value in now.items():
-        if name in before and before[name] != value:
-            raise TrainingError(
-                f"can't resume: {name} is {value!r} now and was {before[name]!r} in the checkpoint"
-            )
-
-
-def _move(model: nn.Module, device: torch.device, layout: torch.memory_format | None) -> None:
-    model.to(device)
-    if layout is not None:
-        model.to(memory_format=layout)
-
-
-@torch.no_grad()
-def _count_outputs(model: nn.Module, stream: Batches) -> int:
-    """Return how many classes the model tells apart. Raises: DataError: not those of the data."""
-    with mode(model, training=False):
-        logits = model(torch.zeros(1, 3, *stream.preprocessing.image_size, device=device_of(model)))
-    check_classes(logits, torch.zeros(1), stream.split)
-    return int(logits.shape[1])
-
-
 def _hash_weights(model: nn.Module) -> str:
+    tensors = sorted(model.state_dict().items())
+    return _hash(*(name.encode() + tensor.cpu().contiguous().numpy().tobytes() for name, tensor in tensors))
+
+
+def _hash(*parts: bytes) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()[:16]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import gzip
 import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path

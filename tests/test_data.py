@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -9,7 +10,6 @@ from small_data import Form, idx_data, image_folder, write_idx
 
 from lcc import data
 from lcc.errors import DataError
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,7 +112,7 @@ def test_the_evaluation_transform_is_timms(tmp_path):
     theirs = create_transform(
         (3, 12, 12), crop_pct=0.8, interpolation="bicubic", mean=form.mean, std=form.std
     )(image)
-    ours = data.normalise(data.pixels_transform(form)(image)[None], form)[0]
+    ours = data.Normaliser(form, torch.device("cpu"))(data.pixels_transform(form)(image)[None])[0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
