@@ -1,0 +1,158 @@
+"""How many numbers a network stores and how many multiply-accumulates it runs: exact integers.
+
+One MAC is one multiplication and one addition; FLOPs are two per MAC. Biases, norms, activations, pooling and
+sums of tensors cost none, by convention.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lcc.specs import Frozen, Size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from lcc.methods import LowCostOp, Method
+
+# Parameters, but no multiply-accumulates by convention.
+FREE = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
+# Ops that fvcore counts and this convention does not.
+FREE_OPS = (
+    "batch_norm",
+    "group_norm",
+    "layer_norm",
+    "instance_norm",
+    "adaptive_avg_pool2d",
+    "upsample_nearest2d",
+    "upsample_bilinear2d",
+)
+
+
+class MacCount(Frozen):
+    """Multiply-accumulates of one image.
+
+    `by_module` says where. `uncounted` maps modules that ran and hold parameters of their own, but whose MACs
+    are not known, to their type. `never_called` lists modules with parameters that did not run as modules: if
+    the host uses their weights itself, those MACs are missing. So are products without parameters, such as
+    attention.
+    """
+
+    macs: int
+    by_module: dict[str, int]
+    uncounted: dict[str, str]
+    never_called: tuple[str, ...]
+
+    @property
+    def flops(self) -> int:
+        """Two per MAC."""
+        return 2 * self.macs
+
+
+class FvcoreCount(Frozen):
+    """What fvcore counts for one image, norms and pooling left out; `unsupported`: ops it does not know."""
+
+    macs: int
+    unsupported: dict[str, int]
+
+
+def count_params(model: nn.Module) -> int:
+    """Return how many parameters there are, each shared tensor once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_buffers(model: nn.Module) -> int:
+    """Return how many numbers there are in buffers (running statistics, say), each shared one once."""
+    return sum(buffer.numel() for buffer in model.buffers())
+
+
+def count_macs(model: nn.Module, example: Tensor, methods: Mapping[str, Method] | None = None) -> MacCount:
+    """Count by running the model on the first image of `example` (N, C, H, W) in eval mode.
+
+    Operators named in `methods` are counted by their method's formula, others by what they are made of.
+    """
+    methods = methods or {}
+    macs: dict[str, int] = {}
+    uncounted: dict[str, str] = {}
+    called: set[nn.Module] = set()
+    inside = {inner for name in methods for inner in model.get_submodule(name).modules()}
+
+    def note(name: str, rule: Callable[[Any, Tensor, Tensor], int] | None) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            called.add(module)
+            if rule is not None:
+                macs[name] = macs.get(name, 0) + rule(module, inputs[0], output)
+            elif not isinstance(module, FREE):
+                uncounted[name] = type(module).__name__
+
+        return hook
+
+    holders = {name: module for name, module in model.named_modules() if _holds_parameters(module)}
+    handles = []
+    for name, method in methods.items():
+        handles.append(model.get_submodule(name).register_forward_hook(note(name, _by_formula(method))))
+    for name, module in holders.items():
+        if module not in inside:
+            handles.append(module.register_forward_hook(note(name, _rule(module))))
+    try:
+        with _eval(model), torch.no_grad():
+            model(example[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    skipped = [name for name, module in holders.items() if module not in called and module not in inside]
+    return MacCount(macs=sum(macs.values()), by_module=macs, uncounted=uncounted, never_called=tuple(skipped))
+
+
+def fvcore_macs(model: nn.Module, example: Tensor) -> FvcoreCount:
+    """Return fvcore's count for the first image of `example`, as a cross-check of `count_macs`."""
+    with warnings.catch_warnings():
+        # fvcore decorates a function with torch.jit.script when it is imported (0.1.5, seen 2026-11).
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.script")
+        from fvcore.nn import FlopCountAnalysis
+    with warnings.catch_warnings(), _eval(model), torch.no_grad():
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.trace")  # it counts by tracing
+        analysis = FlopCountAnalysis(model, example[:1])
+        # A handle of None would not do: fvcore looks for its own handle first.
+        analysis.set_op_handle(**{f"aten::{op}": lambda *_: 0 for op in FREE_OPS})
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        return FvcoreCount(macs=int(analysis.total()), unsupported=dict(analysis.unsupported_ops()))
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _rule(module: nn.Module) -> Callable[[Any, Tensor, Tensor], int] | None:
+    """Return how to count the module's MACs from (module, input, output); None: free, or not known."""
+    if isinstance(module, _ConvTransposeNd):
+        return lambda m, x, _: x.numel() * (m.out_channels // m.groups) * math.prod(m.kernel_size)
+    if isinstance(module, _ConvNd):
+        return lambda m, _, y: y.numel() * (m.in_channels // m.groups) * math.prod(m.kernel_size)
+    if isinstance(module, nn.Linear):
+        return lambda m, _, y: y.numel() * m.in_features
+    return None
+
+
+def _by_formula(method: Method) -> Callable[[LowCostOp, Tensor, Tensor], int]:
+    return lambda op, x, _: method.cost(op.spec, Size(height=x.shape[-2], width=x.shape[-1])).macs
+
+
+@contextmanager
+def _eval(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's own flag is put back at the end."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

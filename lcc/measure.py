@@ -1,0 +1,239 @@
+"""Latency of networks, ONNX files and single layers, with the conditions under which it was measured.
+
+Inputs, and the weights of single layers, are random: the time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnxruntime
+import torch
+from onnxscript import ir
+from torch import Tensor, nn
+
+from lcc.errors import RecipeError
+from lcc.export import export_graph
+from lcc.onnx_runtime import Device, Session
+from lcc.specs import ConvSpec, Frozen, Size
+from lcc.timing import ROUNDS, RUNS, Latency, Speedup, interleave
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from lcc.methods import Method
+    from lcc.onnx_runtime import Array
+    from lcc.plan import Plan, Site
+    from lcc.timing import Call
+
+LAYER_OPSET = 20
+
+
+class Conditions(Frozen):
+    """Under what a latency was measured."""
+
+    runtime: str
+    version: str
+    device: str
+    threads: int
+    batch: int
+    image_size: str
+    dtype: str
+    rounds: int
+    runs_per_round: int = RUNS
+
+    def __str__(self) -> str:
+        return (
+            f"{self.runtime} {self.version}, {self.device}, {self.threads} thread{'s' * (self.threads > 1)}, "
+            f"batch {self.batch}, {self.image_size}, {self.dtype}, "
+            f"{self.rounds} interleaved rounds of {self.runs_per_round} runs"
+        )
+
+
+class Bench(Frozen):
+    """Latencies by name, and the speed-up of each over the first, which has none."""
+
+    conditions: Conditions
+    latencies: dict[str, Latency]
+    speedups: dict[str, Speedup]
+
+
+class LayerLatency(Frozen):
+    """A dense convolution and the operator in its place, timed alone; `slower`: the operator loses."""
+
+    before: Latency
+    after: Latency
+    speedup: Speedup
+    slower: bool
+
+
+class LayerBench(Frozen):
+    """Latencies of the replaced layers, by site."""
+
+    conditions: Conditions
+    layers: dict[str, LayerLatency]
+
+
+def bench_torch(
+    models: Mapping[str, nn.Module],
+    example: Tensor,
+    *,
+    threads: int = 1,
+    device: Device = "cpu",
+    rounds: int = ROUNDS,
+) -> Bench:
+    """Time copies of models in eager torch, eval mode, on `example` (N, C, H, W); the first is the baseline.
+
+    Raises: RecipeError: the device can't be had, or too few rounds.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("torch finds no CUDA device; use --device cpu")
+    on_device = example.to(device)
+    copies = {name: copy.deepcopy(model).to(device).eval() for name, model in models.items()}
+    calls = {name: _torch_call(model, on_device) for name, model in copies.items()}
+    with _torch_threads(threads), torch.inference_mode():
+        latencies, speedups = interleave(calls, rounds=rounds, wait=_wait(device))
+    conditions = Conditions(
+        runtime="torch eager (NCHW)",
+        version=torch.__version__,
+        device=device_name(device),
+        threads=threads,
+        batch=len(example),
+        image_size=f"{example.shape[-2]}x{example.shape[-1]}",
+        dtype=str(example.dtype).removeprefix("torch."),
+        rounds=rounds,
+    )
+    return Bench(conditions=conditions, latencies=latencies, speedups=speedups)
+
+
+def bench_onnx(
+    files: Mapping[str, Path | bytes],
+    *,
+    batch: int = 1,
+    threads: int = 1,
+    device: Device = "cpu",
+    rounds: int = ROUNDS,
+) -> Bench:
+    """Time ONNX files in ONNX Runtime, inputs and outputs in main memory; the first is the baseline.
+
+    Raises: SourceError: a file that can't be run so. RecipeError: the device can't be had, or too few rounds.
+    """
+    sessions = {name: Session(file, threads=threads, device=device) for name, file in files.items()}
+    inputs = {name: session.example(batch) for name, session in sessions.items()}
+    calls = {name: _onnx_call(session, inputs[name]) for name, session in sessions.items()}
+    latencies, speedups = interleave(calls, rounds=rounds)
+    sizes = dict.fromkeys("x".join(map(str, x.shape[-2:])) for feed in inputs.values() for x in feed.values())
+    conditions = Conditions(
+        runtime="ONNX Runtime",
+        version=onnxruntime.__version__,
+        device=device_name(device),
+        threads=threads,
+        batch=batch,
+        image_size=", ".join(sizes),
+        dtype=" / ".join(dict.fromkeys(session.precision for session in sessions.values())),
+        rounds=rounds,
+    )
+    return Bench(conditions=conditions, latencies=latencies, speedups=speedups)
+
+
+def bench_layers(
+    sites: Iterable[Site], plan: Plan, *, onnx: bool, batch: int = 1, threads: int = 1, rounds: int = ROUNDS
+) -> LayerBench:
+    """Time, for every site that the plan converts, the dense convolution against its operator, each alone.
+
+    At the input size of the site's first call, on the CPU, in ONNX Runtime (`onnx`, through the same export
+    as a whole network) or eager torch. Sites alike in shape, size and method are timed once. Alone, a layer
+    has nothing to fuse with and pays for its own memory layout, so the sum is not the network's time.
+    """
+    methods = plan.methods()
+    timed: dict[tuple[ConvSpec, Size, Method], LayerLatency] = {}
+    layers: dict[str, LayerLatency] = {}
+    conditions = None
+    for site in sites:
+        if site.name not in methods or not site.sizes:
+            continue
+        key = (site.spec, site.sizes[0], methods[site.name])
+        if key not in timed:
+            bench = _bench_pair(*key, onnx=onnx, batch=batch, threads=threads, rounds=rounds)
+            speedup = bench.speedups["after"]
+            timed[key] = LayerLatency(**bench.latencies, speedup=speedup, slower=speedup.median < 1)
+            conditions = bench.conditions
+        layers[site.name] = timed[key]
+    if conditions is None:
+        raise RecipeError("the plan converts no site that runs, so there is no layer to time")
+    return LayerBench(
+        conditions=conditions.model_copy(update={"image_size": "each layer's own size"}), layers=layers
+    )
+
+
+def size_on_disk(path: Path) -> int:
+    """Return the bytes of a file, or of all files below a directory."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def device_name(device: Device) -> str:
+    """Return what the processor or the GPU calls itself."""
+    if device == "cuda":
+        return str(torch.cuda.get_device_name())
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _bench_pair(
+    spec: ConvSpec, size: Size, method: Method, *, onnx: bool, batch: int, threads: int, rounds: int
+) -> Bench:
+    example = torch.randn(batch, spec.in_channels, size.height, size.width)
+    pair: dict[str, nn.Module] = {"before": _dense(spec), "after": method.build(spec)}
+    if not onnx:
+        return bench_torch(pair, example, threads=threads, rounds=rounds)
+    pair["after"] = method.build(spec).lower(size)
+    two = torch.randn(2, *example.shape[1:])  # a batch of one would be frozen
+    files = {
+        name: ir.to_proto(export_graph(module.eval(), two, LAYER_OPSET)).SerializeToString()
+        for name, module in pair.items()
+    }
+    return bench_onnx(files, batch=batch, threads=threads, rounds=rounds)
+
+
+def _dense(spec: ConvSpec) -> nn.Conv2d:
+    return nn.Conv2d(
+        spec.in_channels,
+        spec.out_channels,
+        spec.kernel_size,
+        stride=spec.stride,
+        padding=spec.padding,
+        dilation=spec.dilation,
+        groups=spec.groups,
+        bias=spec.bias,
+        padding_mode=spec.padding_mode,
+    )
+
+
+def _torch_call(model: nn.Module, example: Tensor) -> Call:
+    return lambda: model(example)
+
+
+def _onnx_call(session: Session, inputs: dict[str, Array]) -> Call:
+    return lambda: session.run(inputs)
+
+
+def _wait(device: Device) -> Call:
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

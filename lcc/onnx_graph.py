@@ -1,0 +1,232 @@
+"""Rewrites of an exported graph after which ONNX Runtime fuses everything it can.
+
+ONNX Runtime's own optimiser folds a BatchNorm into one convolution and adds one residual inside it. A
+low-cost operator is a sum of convolutions: its BatchNorm has to go into every term, and its residual has to
+come first in the sum. Both keep the function; only rounding changes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from onnxscript import ir
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+T = TypeVar("T")
+
+DEFAULT_EPSILON = 1e-5  # of BatchNormalization, where the node states none
+
+
+def there(item: T | None) -> T:
+    """Return the item; narrows what the graph's library types as optional and the exporter always gives."""
+    assert item is not None
+    return item
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """Return the numbers of an initializer; None for what is computed, or not given."""
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def weights(node: ir.Node, index: int) -> Array:
+    """Return the numbers of an input known to be an initializer."""
+    return there(constant(node.inputs[index]))
+
+
+def bias_of(conv: ir.Node) -> Array | None:
+    """Return a convolution's bias, if it has one."""
+    return constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
+
+
+def groups_of(conv: ir.Node) -> int:
+    """Return how many channel groups a convolution has."""
+    return conv.attributes["group"].as_int() if "group" in conv.attributes else 1
+
+
+def only_use(value: ir.Value | None) -> bool:
+    """Whether exactly one node, and no graph output, reads the value."""
+    return value is not None and len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def own_conv(value: ir.Value | None) -> ir.Node | None:
+    """Return the convolution that makes this value for one reader, from a kernel that nothing else uses."""
+    node = value.producer() if value is not None and only_use(value) else None
+    if node is None or node.op_type != "Conv" or constant(node.inputs[1]) is None:
+        return None
+    return node if only_use(node.inputs[1]) else None
+
+
+def set_constant(node: ir.Node, index: int, array: Array) -> None:
+    """Make `array` the node's input at `index`, under the name of what it replaces where there is one."""
+    initializers = there(node.graph).initializers
+    if len(node.inputs) <= index:
+        node.resize_inputs(index + 1)
+    old = node.inputs[index]
+    stem = f"{node.outputs[0].name}.{index}" if old is None else there(old.name)
+    name, number = stem, 1
+    while name in initializers:
+        name, number = f"{stem}.{number}", number + 1
+    value = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
+    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
+    initializers[name] = value
+    node.replace_input_with(index, value)
+
+
+def sum_terms(value: ir.Value) -> tuple[list[ir.Value], list[ir.Node]]:
+    """Return what a sum adds up and the Add nodes that do it, outermost last.
+
+    Additions whose result is read elsewhere, or that broadcast, are terms and not taken apart.
+    """
+    node = value.producer()
+    if node is None or node.op_type != "Add" or value.shape is None:
+        return [value], []
+    if any(there(term).shape != value.shape for term in node.inputs):
+        return [value], []
+    terms: list[ir.Value] = []
+    adds: list[ir.Node] = []
+    for term in map(there, node.inputs):
+        inner, nodes = sum_terms(term) if only_use(term) else ([term], [])
+        terms += inner
+        adds += nodes
+    return terms, [*adds, node]
+
+
+def fold_batch_norms(model: ir.Model) -> int:
+    """Fold every BatchNorm into the convolutions whose sum it normalises; return how many.
+
+    All kernels are scaled, the shift goes to one of them. A kernel that several nodes share stays shared, and
+    its BatchNorm stays.
+    """
+    folded = 0
+    for norm in list(model.graph):
+        if norm.op_type != "BatchNormalization" or not only_use(norm.inputs[0]):
+            continue
+        source = there(norm.inputs[0])
+        convs = [own_conv(term) for term in sum_terms(source)[0]]
+        if any(conv is None for conv in convs) or any(constant(value) is None for value in norm.inputs[1:]):
+            continue
+        scale, bias, mean, variance = (weights(norm, index).astype(np.float64) for index in (1, 2, 3, 4))
+        epsilon = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else DEFAULT_EPSILON
+        factor = scale / np.sqrt(variance + epsilon)
+        shift = bias - mean * factor
+        for conv in map(there, convs):
+            _scale_conv(conv, factor, shift)
+            shift = np.zeros_like(shift)
+        norm.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
+        model.graph.remove(norm, safe=True)
+        folded += 1
+    return folded
+
+
+def _scale_conv(conv: ir.Node, factor: Array, shift: Array) -> None:
+    kernel, bias = weights(conv, 1), bias_of(conv)
+    set_constant(conv, 1, (kernel * factor.reshape(-1, *[1] * (kernel.ndim - 1))).astype(kernel.dtype))
+    if bias is not None or shift.any():
+        moved = shift if bias is None else bias * factor + shift
+        set_constant(conv, 2, moved.astype(kernel.dtype))
+
+
+def order_sums(model: ir.Model) -> int:
+    """Order every sum of convolutions so that each can add what came before it; return how many were changed.
+
+    relu(pw + (dw + residual)): ONNX Runtime runs a convolution, the addition of one finished tensor and an
+    activation as one node.
+    """
+    changed = 0
+    inner: set[ir.Node] = set()
+    for node in reversed(list(model.graph)):
+        if node.op_type != "Add" or node in inner:
+            continue
+        terms, adds = sum_terms(node.outputs[0])
+        inner.update(adds)
+        sizes = {term: weights(conv, 1).size for term in terms if (conv := own_conv(term)) is not None}
+        if len(sizes) < 2 or len(terms) < 3:
+            continue
+        done, *rest = sorted(terms, key=lambda term: sizes.get(term, 0))
+        for add, term in zip(adds, rest, strict=True):
+            add.replace_input_with(0, term)
+            add.replace_input_with(1, done)
+            done = add.outputs[0]
+        changed += 1
+    model.graph.sort()
+    return changed
+
+
+def drop_unused(model: ir.Model) -> None:
+    """Drop the initializers that no node reads; ONNX Runtime warns of each."""
+    for name, value in list(model.graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[name]
+
+
+def strip(model: ir.Model) -> None:
+    """Drop the exporter's notes: stack traces with the machine's paths, scopes, documentation."""
+    model.metadata_props.clear()
+    model.doc_string = None
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        _forget(graph)
+        for node in graph.all_nodes():
+            _forget(node)
+            for value in node.outputs:
+                _forget(value)
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        _forget(value)
+
+
+def _forget(item: ir.Graph | ir.Function | ir.Node | ir.Value) -> None:
+    item.metadata_props.clear()
+    item.doc_string = None
+
+
+def to_half(model: ir.Model) -> None:
+    """Store and compute in float16; inputs and outputs stay float32, so the file is a drop-in.
+
+    The scales that a Resize takes stay float32, as the standard demands.
+    """
+    graph = model.graph
+    kept = {value for node in graph if node.op_type == "Resize" for value in node.inputs[1:] if value}
+    values = [value for node in graph for value in node.outputs] + list(graph.initializers.values())
+    for value in values:
+        if value.dtype != ir.DataType.FLOAT or value in kept:
+            continue
+        value.dtype = ir.DataType.FLOAT16
+        if value.is_initializer():
+            value.const_value = _halved(value.const_value, value.name)
+    for node in graph:
+        for attribute in list(node.attributes.values()):
+            _halve_attribute(node, attribute)
+    for value in graph.inputs:
+        if value.dtype == ir.DataType.FLOAT:
+            cast = _cast(value, ir.DataType.FLOAT16, f"{value.name}.half")
+            value.replace_all_uses_with(cast.outputs[0])
+            cast.replace_input_with(0, value)
+            graph.insert_before(graph[0], cast)
+    for index, value in enumerate(list(graph.outputs)):
+        if value.dtype == ir.DataType.FLOAT16:
+            name, value.name = there(value.name), f"{value.name}.half"
+            graph.outputs[index] = (cast := _cast(value, ir.DataType.FLOAT, name)).outputs[0]
+            graph.append(cast)
+
+
+def _halve_attribute(node: ir.Node, attribute: ir.Attr) -> None:
+    name = attribute.name
+    if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.FLOAT:
+        node.attributes[name] = ir.AttrTensor(name, _halved(attribute.as_tensor(), None))
+    if node.op_type == "Cast" and name == "to" and attribute.as_int() == ir.DataType.FLOAT:
+        node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT16)
+
+
+def _halved(tensor: ir.TensorProtocol | None, name: str | None) -> ir.TensorProtocol:
+    return ir.tensor(there(tensor).numpy().astype(np.float16), name=name)
+
+
+def _cast(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
+    node = ir.node("Cast", [value], attributes={"to": int(to)})
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, to, value.shape
+    return node

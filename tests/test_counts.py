@@ -1,0 +1,116 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lcc.counts import count_buffers, count_macs, count_params, fvcore_macs
+from lcc.methods.linear_mix import LinearMix
+from lcc.specs import ConvSpec, Size
+
+SPEC = ConvSpec(in_channels=8, out_channels=8, kernel_size=(3, 3), padding=(1, 1))
+
+
+class Network(nn.Module):
+    """A residual network with everything that is counted, and things that cost nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.up = nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = self.up(x + self.grouped(x))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def test_a_shared_parameter_is_counted_once():
+    a, b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    b.weight = a.weight
+    assert count_params(nn.Sequential(a, b)) == 16
+
+
+def test_buffers_are_counted_apart_from_parameters():
+    norm = nn.BatchNorm2d(7)
+    assert (count_params(norm), count_buffers(norm)) == (14, 15)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "macs"),
+    [
+        (nn.Conv1d(4, 6, 5, groups=2), (4, 20), 6 * 2 * 5 * 16),
+        (nn.Conv2d(4, 6, (3, 5), stride=(1, 2), padding=(0, 2)), (4, 9, 11), 6 * 4 * 15 * 7 * 6),
+        (nn.Conv2d(4, 4, 3, dilation=2, groups=4), (4, 9, 9), 4 * 9 * 25),
+        (nn.Conv3d(2, 3, 2), (2, 4, 4, 4), 3 * 2 * 8 * 27),
+        (nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (4, 5, 7), 4 * 35 * 3 * 9),
+        (nn.Linear(10, 3), (7, 10), 7 * 10 * 3),
+        (nn.BatchNorm2d(4), (4, 5, 5), 0),
+    ],
+)
+def test_macs_follow_from_the_shapes(module, shape, macs):
+    count = count_macs(module, torch.randn(1, *shape))
+    assert (count.macs, count.flops, count.uncounted) == (macs, 2 * macs, {})
+
+
+def test_macs_are_for_one_image_whatever_the_batch():
+    network = Network()
+    assert count_macs(network, torch.randn(5, 3, 16, 16)) == count_macs(network, torch.randn(1, 3, 16, 16))
+
+
+def test_macs_agree_with_fvcore():
+    network, example = Network(), torch.randn(1, 3, 16, 16)
+    assert count_macs(network, example).macs == fvcore_macs(network, example).macs
+
+
+def test_a_module_called_twice_costs_twice():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    once = count_macs(conv, torch.randn(1, 4, 8, 8)).macs
+    assert count_macs(nn.Sequential(conv, conv), torch.randn(1, 4, 8, 8)).macs == 2 * once
+
+
+@pytest.mark.parametrize("stencil", ["square", "cross", "horizontal"])
+def test_an_operator_costs_what_its_method_says_and_what_its_parts_cost(stencil):
+    method = LinearMix(stencil=stencil)
+    network, example = nn.Sequential(method.build(SPEC)), torch.randn(1, 8, 6, 7)
+    wanted = method.cost(SPEC, Size(height=6, width=7)).macs
+    assert count_macs(network, example).macs == wanted
+    assert count_macs(network, example, {"0": method}).by_module == {"0": wanted}
+
+
+def test_a_module_with_parameters_of_an_unknown_kind_is_listed():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x):
+            return x @ self.matrix
+
+    count = count_macs(nn.Sequential(nn.Linear(3, 3), Odd()), torch.randn(1, 3))
+    assert (count.macs, count.uncounted) == (9, {"1": "Odd"})
+
+
+def test_a_module_whose_weights_the_host_uses_itself_is_listed():
+    class Host(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return F.linear(x, self.fc.weight)
+
+    count = count_macs(Host(), torch.randn(1, 3))
+    assert (count.macs, count.never_called) == (0, ("fc",))
+
+
+def test_counting_leaves_modes_and_running_statistics_alone():
+    network = Network().train()
+    network.norm.eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    count_macs(network, torch.randn(2, 3, 16, 16))
+    assert [module.training for module in (network, network.stem, network.norm)] == [True, True, False]
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert not network.stem._forward_hooks

@@ -1,0 +1,102 @@
+import pytest
+import torch
+from onnx_graphs import make, serialised
+from torch import nn
+
+from lcc import measure
+from lcc.errors import RecipeError
+from lcc.measure import bench_layers, bench_onnx, bench_torch, size_on_disk
+from lcc.methods.linear_mix import LinearMix
+from lcc.plan import Group, Plan, Site
+from lcc.specs import ConvSpec, Size
+from lcc.timing import Latency, Speedup
+
+SPEC = ConvSpec(in_channels=16, out_channels=16, kernel_size=(3, 3), padding=(1, 1))
+SITES = tuple(Site(name=name, spec=SPEC, sizes=(Size(height=7, width=9),)) for name in ("a", "b", "kept"))
+PLAN = Plan(groups=(Group(method=LinearMix(), sites=("a", "b")),))
+CONV = "(float[N,3,{size},{size}] x) => (float[N,8,{size},{size}] y) {{ y = Conv<pads=[1,1,1,1]>(x, w) }}"
+
+
+def test_a_larger_network_is_slower_and_the_conditions_say_how_that_was_measured():
+    torch.manual_seed(0)
+    small, large = nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(3, 64, 5), nn.Conv2d(64, 64, 5))
+    bench = bench_torch({"large": large, "small": small}, torch.randn(2, 3, 32, 33), threads=1)
+    assert bench.speedups["small"].median > 2
+    assert bench.latencies["large"].runs >= 30
+    conditions = bench.conditions
+    assert (conditions.threads, conditions.batch, conditions.image_size) == (1, 2, "32x33")
+    assert (conditions.dtype, conditions.version) == ("float32", torch.__version__)
+
+
+def test_timing_leaves_the_network_and_the_threads_as_they_were():
+    network, threads = nn.Sequential(nn.Dropout(), nn.BatchNorm2d(3)).train(), torch.get_num_threads()
+    bench_torch({"network": network}, torch.randn(2, 3, 4, 4), threads=threads + 1)
+    assert (network[0].training, torch.get_num_threads()) == (True, threads)
+    assert torch.equal(network[1].running_mean, torch.zeros(3))
+
+
+def test_onnx_files_of_different_sizes_are_timed_in_one_run():
+    files = {size: serialised(make(CONV.format(size=size), w=(8, 3, 3, 3))) for size in (64, 8)}
+    bench = bench_onnx({str(size): data for size, data in files.items()}, batch=2)
+    assert bench.speedups["8"].median > 2
+    assert bench.conditions.image_size == "64x64, 8x8"
+    assert bench.conditions.runtime == "ONNX Runtime"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_torch_does_not_find_is_one_line():
+    with pytest.raises(RecipeError, match="--device cpu"):
+        bench_torch({"conv": nn.Conv2d(3, 4, 3)}, torch.randn(1, 3, 8, 8), device="cuda")
+
+
+@pytest.mark.parametrize("onnx", [False, True])
+def test_every_converted_site_is_timed_against_its_dense_original(onnx):
+    bench = bench_layers(SITES, PLAN, onnx=onnx)
+    assert list(bench.layers) == ["a", "b"]
+    layer = bench.layers["a"]
+    assert layer.before.runs == layer.after.runs >= 30
+    assert layer.speedup.median == pytest.approx(layer.before.median_ms / layer.after.median_ms, rel=0.5)
+    assert bench.conditions.runtime == ("ONNX Runtime" if onnx else "torch eager (NCHW)")
+
+
+def fixed(monkeypatch, before, after):
+    """Make every timing come out as these milliseconds; return the list of what was timed."""
+    timed = []
+
+    def interleave(calls, **_):
+        timed.append(list(calls))
+        spread = {"p10_ms": 0.0, "p90_ms": 0.0, "iqr_ms": 0.0, "runs": 40, "noisy": False}
+        latencies = {
+            name: Latency(median_ms=ms, **spread) for name, ms in (("before", before), ("after", after))
+        }
+        return latencies, {"after": Speedup(median=before / after, p10=0.0, p90=0.0)}
+
+    monkeypatch.setattr(measure, "interleave", interleave)
+    return timed
+
+
+@pytest.mark.parametrize(("before", "after", "slower"), [(1.0, 1.1, True), (1.1, 1.0, False)])
+def test_a_layer_that_got_slower_is_flagged(monkeypatch, before, after, slower):
+    fixed(monkeypatch, before, after)
+    assert bench_layers(SITES, PLAN, onnx=False).layers["a"].slower is slower
+
+
+def test_sites_alike_are_timed_once(monkeypatch):
+    timed = fixed(monkeypatch, 2.0, 1.0)
+    other = SITES[1].model_copy(update={"sizes": (Size(height=8, width=9),)})
+    bench_layers(SITES, PLAN, onnx=False)
+    assert len(timed) == 1
+    bench_layers((SITES[0], other), PLAN, onnx=False)
+    assert len(timed) == 3
+
+
+def test_a_plan_without_a_layer_to_time_is_refused():
+    with pytest.raises(RecipeError, match="no layer to time"):
+        bench_layers(SITES, Plan(), onnx=False)
+
+
+def test_the_size_on_disk_is_that_of_the_file_or_of_all_files_below(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "deep" / "b").write_bytes(b"123")
+    assert (size_on_disk(tmp_path / "a"), size_on_disk(tmp_path)) == (5, 8)
