@@ -92,8 +92,8 @@ def shift_and_flip(
     """Return every image moved by up to `shift` pixels, black coming in, and flipped with chance `hflip`."""
     if shift:
         height, width = pixels.shape[2:]
-        margin = (shift, shift)
-        padded = np.pad(pixels, ((0, 0), (0, 0), margin, margin))
+        padded = np.zeros((*pixels.shape[:2], height + 2 * shift, width + 2 * shift), dtype=np.uint8)
+        padded[:, :, shift:-shift, shift:-shift] = pixels
         windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
         places = np.uint64(2 * shift + 1)
         rows, columns = (

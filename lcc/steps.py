@@ -83,7 +83,7 @@ class Stepper:
 
     def take(self, step: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Make step number `step` (from 0) and return the loss and the number of right first guesses."""
-        _seed_everything(self.options.seed, step)
+        _seed_everything(self.options.seed, step, x.device)
         self.schedule.step_update(step)
         if self.options.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -208,9 +208,16 @@ def _mixup(options: Finetune, classes: int) -> Callable[[Tensor, Tensor], tuple[
     return mix
 
 
-def _seed_everything(seed: int, step: int) -> None:
-    """Seed what the model (dropout) and mixup draw from in this step."""
+def _seed_everything(seed: int, step: int, device: torch.device) -> None:
+    """Seed what the model (dropout) and mixup draw from in this step.
+
+    Not by `torch.manual_seed`, which queues a call and a stack trace for every kind of device not in use.
+    """
     bits = int(mixed_bits(seed, -2, np.array([step]))[0])
     random.seed(bits)
     np.random.seed(bits & 0xFFFFFFFF)  # noqa: NPY002 (timm's mixup draws from it)
-    torch.manual_seed(bits)
+    torch.default_generator.manual_seed(bits)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(bits)
+    elif device.type == "mps":
+        torch.mps.manual_seed(bits)

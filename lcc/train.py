@@ -106,6 +106,7 @@ def finetune(
         placed(expert, target),
         mode(expert, training=False),
         _own_generators(options.seed, target),
+        _tuned_convolutions(),
         _memory_errors(options.batch_size),
     ):
         first = 0 if start is None else int(start["step"])
@@ -317,6 +318,17 @@ def _own_generators(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def _tuned_convolutions() -> Iterator[None]:
+    """Let cuDNN try its algorithms: the sizes stay the same."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
 def _memory_errors(batch_size: int) -> Iterator[None]:
     try:
         yield
@@ -330,7 +342,11 @@ def _memory_errors(batch_size: int) -> Iterator[None]:
 
 def _hash_weights(model: nn.Module) -> str:
     tensors = sorted(model.state_dict().items())
-    return _hash(*(name.encode() + tensor.cpu().contiguous().numpy().tobytes() for name, tensor in tensors))
+    return _hash(*(name.encode() + _bytes(tensor) for name, tensor in tensors))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _hash(*parts: bytes) -> str:

@@ -257,6 +257,24 @@ def test_mixed_precision_and_channels_last_train_too(data):
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_a_gpu_trains_and_resumes_at_every_precision(tmp_path, data, precision):
+    model, changes = (
+        tiny_network(),
+        {"epochs": 8, "lr": 0.2, "crop": "none", "precision": precision, "ema": 0.9},
+    )
+    model.register_forward_pre_hook(calls_in_training(30, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    keywords = {"checkpoint_dir": tmp_path / "run", "device": "cuda", "say": lambda _text: None}
+    with pytest.raises(InterruptedRunError):
+        finetune(model, Form(), options(data, **changes), teacher=tiny_network(seed=1), **keywords)
+    model = tiny_network()
+    changed = options(data, **changes)
+    result = finetune(model, Form(), changed, teacher=tiny_network(seed=1), resume=True, **keywords)
+    assert (result.resumed_from, len(result.history)) == (30, 8)
+    assert all(parameter.isfinite().all() and parameter.device == CPU for parameter in model.parameters())
+
+
 def test_a_poor_teacher_is_warned_of(data):
     notes = []
     result = run(data, epochs=1, teacher=tiny_network(seed=1), say=notes.append)
