@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lcc import progress
 from lcc.augment import PADDING, Augment, mixed_bits, painter, random_resized_crop, seeded, shift_and_flip
 from lcc.data import Normaliser, pixels_transform
 from lcc.errors import DataError
@@ -146,9 +147,11 @@ class _Kept:
     def __init__(self, images: Images, base: Callable[[Image.Image], Tensor], size: tuple[int, int]) -> None:
         self.pixels = np.empty((len(images), 3, *size), dtype=np.uint8)
         self.labels = np.empty(len(images), dtype=np.int64)
-        for index in range(len(images)):
-            image, self.labels[index] = images[index]
-            self.pixels[index] = base(image).numpy()
+        with progress.bar("read images", len(images)) as tick:
+            for index in range(len(images)):
+                image, self.labels[index] = images[index]
+                self.pixels[index] = base(image).numpy()
+                tick(index)
 
     def __call__(self, _epoch: int, indices: NDArray[np.int64]) -> Raw:
         return self.pixels[indices], self.labels[indices]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
 from lcc.errors import DataError
 from lcc.readers import Array, Files, Subset, TimmReader, one_line, read_idx
@@ -121,6 +122,17 @@ def open_eval(text: str, *, val_split: float = 0.0, seed: int = 0) -> Split:
         return open_split(text, "val")
     except _NoSuchPartError:
         return open_split(text, "test")
+
+
+def refuse_other_classes(train: Split, held_out: Split) -> None:
+    """Refuse parts whose labels mean different things. Raises: DataError."""
+    one, two = train.class_names, held_out.class_names
+    if one is not None and two is not None and one != two:
+        name = min(set(one) ^ set(two))
+        missing = held_out if name in one else train
+        raise DataError(
+            f"{train.text}: class {name!r} is missing from {missing.name}; both parts need the same"
+        )
 
 
 def images(text: str, preprocessing: Preprocessing, count: int, seed: int = 0) -> Tensor:
@@ -279,7 +291,7 @@ def _timm_reader(text: str, name: str, root: str, part: Part) -> Split:
     except Exception as error:  # readers wrap other people's libraries, which raise anything
         kind = _NoSuchPartError if part == "val" else DataError
         raise kind(f"{text}: timm can't open its {split} split: {one_line(error)}") from error
-    if not hasattr(dataset, "__getitem__"):
+    if isinstance(dataset, IterableDataset):
         raise DataError(f"{text}: is a stream without numbered images; use hfds/, torch/ or a folder instead")
     names = getattr(dataset, "classes", None)
     return Split(text, part, TimmReader(text, dataset), None, None if names is None else tuple(names))

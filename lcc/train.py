@@ -22,7 +22,7 @@ from torch import nn
 from lcc import checkpoints, progress
 from lcc.augment import seeded
 from lcc.batches import eval_batches, train_batches
-from lcc.data import open_eval, open_train
+from lcc.data import open_eval, open_train, refuse_other_classes
 from lcc.errors import InterruptedRunError, TrainingError
 from lcc.evaluation import Accuracy, accuracy_on, count_outputs, device_of, mode, pick_device, placed
 from lcc.interrupts import signals
@@ -100,6 +100,7 @@ def finetune(
     target = pick_device(device)
     train = open_train(options.data, val_split=options.val_split, seed=options.seed)
     held_out = open_eval(options.data, val_split=options.val_split, seed=options.seed)
+    refuse_other_classes(train, held_out)
     expert = nn.Identity() if teacher is None or options.distill == 0 else teacher
     with (
         placed(model, target, channels_last=options.channels_last),

@@ -91,6 +91,16 @@ def test_a_timm_reader_is_passed_through(tmp_path):
     assert [split.images[i][1] for i in range(len(split))] == [0, 1, 1]
 
 
+def test_a_stream_is_refused(monkeypatch):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from ()
+
+    monkeypatch.setattr("timm.data.dataset_factory.create_dataset", lambda *args, **kwargs: Stream())
+    with pytest.raises(DataError, match="is a stream without numbered images"):
+        data.open_split("wds/somewhere", "train")
+
+
 def test_calibration_images_are_normalised_training_images_chosen_by_the_seed(tmp_path):
     text, form = idx_data(tmp_path), Form()
     some = data.images(text, form, 5, seed=1)

@@ -197,6 +197,12 @@ def test_a_model_with_another_number_of_classes_is_refused_before_training(tmp_p
         run(text)
 
 
+def test_a_class_missing_from_one_part_is_named(tmp_path):
+    text = image_folder(tmp_path, {"train": {"a": 8, "b": 8, "c": 8}, "val": {"a": 8, "c": 8}})
+    with pytest.raises(DataError, match="class 'b' is missing from val"):
+        run(text)
+
+
 def test_fewer_images_than_a_batch_are_refused(data):
     with pytest.raises(DataError, match="48 training images are fewer than one batch of 64"):
         run(data, batch_size=64)
