@@ -22,12 +22,13 @@ from lcc import models, probe, surgery, weights
 from lcc.directory import MANIFEST, PROBE, RECIPE, WEIGHTS, Directory
 from lcc.errors import ArtifactError, LccError
 from lcc.manifest import Event, Hashed, Manifest, event_now, read
-from lcc.methods import Fit, LowCostOp
 from lcc.models import Loaded
 from lcc.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from lcc.methods import Fit
 
 __all__ = ["Artifact", "Event", "Manifest", "check_target", "event_now", "load", "read", "save", "save_back"]
 
@@ -177,7 +178,6 @@ def _rebuilt(root: Path, manifest: Manifest, model: nn.Module | None, *, trust_c
 def _fill_(network: nn.Module, manifest: Manifest, root: Path) -> None:
     """Give the network the stored tensors themselves, so that dtypes and ties are those of the one saved."""
     stored = _read_tensors(root / WEIGHTS)
-    _add_late_biases_(network, manifest.plan, stored)
     state = network.state_dict(keep_vars=True)
     difference = weights.compare(weights.shapes(_untied(stored, manifest, root)), weights.shapes(state))
     if not difference.fits:
@@ -200,16 +200,6 @@ def _like(present: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(present, nn.Parameter):
         return tensor
     return nn.Parameter(tensor, requires_grad=present.requires_grad and tensor.is_floating_point())
-
-
-def _add_late_biases_(network: nn.Module, plan: Plan, stored: dict[str, Tensor]) -> None:
-    """Give a bias to the operators that calibration gave one after they were built."""
-    present = network.state_dict()
-    for site in plan.methods():
-        operator = network.get_submodule(site)
-        late = any(name.startswith(f"{site}.") and name not in present for name in stored)
-        if late and isinstance(operator, LowCostOp):
-            operator.add_bias_(torch.zeros(operator.out_channels))
 
 
 def _check_probe(network: nn.Module, manifest: Manifest, path: Path) -> None:

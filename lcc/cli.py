@@ -18,11 +18,12 @@ from lcc.errors import LccError, RecipeError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lcc.comparison import BenchOptions
     from lcc.methods import Method
-    from lcc.pipeline import BenchOptions, Settings
     from lcc.plan import Rule
     from lcc.recipe import ModelPart
     from lcc.report import Report
+    from lcc.settings import Settings
     from lcc.specs import Frozen
     from lcc.tables import Sheet
 
@@ -337,12 +338,12 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time networks and ONNX files against each other, interleaved."""
-    from lcc import pipeline
+    from lcc import comparison
     from lcc.inspection import bench_sheet
 
     del debug
     options = _bench_options(batch=batch, threads=bench_threads, rounds=rounds, layers=False)
-    results = pipeline.bench(tuple(targets), _settings(device=device), options)
+    results = comparison.bench(tuple(targets), _settings(device=device), options)
     if as_json:
         typer.echo("[" + ",\n".join(result.model_dump_json(indent=2) for result in results) + "]")
     else:
@@ -503,13 +504,13 @@ def _method(text: str) -> Method:
 
 
 def _settings(**given: Any) -> Settings:
-    from lcc.pipeline import Settings
+    from lcc.settings import Settings
 
     return Settings(**given)
 
 
 def _bench_options(**given: Any) -> BenchOptions:
-    from lcc.pipeline import BenchOptions
+    from lcc.comparison import BenchOptions
 
     return BenchOptions(**given)
 

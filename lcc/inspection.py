@@ -84,6 +84,7 @@ def inspection_sheet(value: Inspection) -> Sheet:
         headers=("site", "shape", "at", "params", "MACs", "of MACs", "becomes"),
         rows=tuple(_cells(row, value.before) for row in value.rows),
         notes=tuple(_totals(value)),
+        left=(0, 1, 6),
     )
 
 
@@ -107,6 +108,7 @@ def methods_sheet(methods: Mapping[str, type[Method]]) -> Sheet:
             for key, field in kind.model_fields.items()
             if key != "name"
         ),
+        left=(0, 1, 2, 3),
     )
 
 

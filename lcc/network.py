@@ -64,7 +64,7 @@ class Network:
         converted = len(self.plan.methods())
         return ModelRow(
             name=self.name,
-            source=str(self.loaded.source),
+            source=self.loaded.source.id,
             random_weights=self.loaded.source.is_random and not self.history_trained,
             params=count_params(model),
             macs=count.macs,

@@ -7,6 +7,7 @@ and absorbed by the weights of what does. If it can't be carried to the end, the
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
     Order = NDArray[np.int64]  # at each position, the true number of the channel that is there
 
-# Work on each channel, or each number, alone. ReduceMean: over the pixels, checked.
+# Work on each channel, or each number, alone, if the number of channels stays (checked).
 CHANNELWISE = frozenset({
     "Relu", "Clip", "LeakyRelu", "Elu", "Selu", "Celu", "Sigmoid", "HardSigmoid", "HardSwish", "Swish",
     "Tanh", "Gelu", "Mish", "Softplus", "Identity", "Cast", "MaxPool", "AveragePool", "GlobalAveragePool",
-    "GlobalMaxPool", "ReduceMean", "Flatten", "Reshape",
+    "GlobalMaxPool", "ReduceMean", "Pad", "Resize",
 })  # fmt: skip
+FLATTENING = frozenset({"Flatten", "Reshape"})
 ELEMENTWISE_PAIRS = frozenset({"Add", "Sub", "Mul", "Div"})
 
 
@@ -62,24 +64,32 @@ class _Rewrite:
     def visit(self, node: ir.Node) -> None:
         """Note what the order of the node's inputs means for its weights and its output."""
         inputs = [value for value in node.inputs if value is not None]
-        orders = [self.orders[value] for value in inputs if value in self.orders]
         if node.op_type == "Conv":
             self._conv(node, self.orders.get(inputs[0]))
-        elif not orders:
-            return
-        elif node.op_type in ELEMENTWISE_PAIRS:
-            for value in inputs:
-                if not _is_scalar(value):
-                    self._demand(value, orders[0])
-            self.orders[node.outputs[0]] = orders[0]
-        elif node.op_type in ("Gemm", "MatMul"):
-            self._linear(node, inputs, orders[0])
-        elif (
-            node.op_type in CHANNELWISE and inputs[0] in self.orders and _keeps_channels(node, len(orders[0]))
-        ):
-            self.orders[node.outputs[0]] = orders[0]
-        else:
+        elif any(value in self.orders for value in inputs):
+            order = self._after(node, inputs)
+            if order is not None:
+                self.orders[node.outputs[0]] = order
+
+    def _after(self, node: ir.Node, inputs: list[ir.Value]) -> Order | None:
+        """Return the order of the output; None: the true one."""
+        order = next(self.orders[value] for value in inputs if value in self.orders)
+        if node.op_type in ELEMENTWISE_PAIRS:
+            return self._paired(inputs, order)
+        if node.op_type == "Concat":
+            return self._joined(node, inputs)
+        if inputs[0] not in self.orders:
             raise _StuckError(node.op_type)
+        if node.op_type in ("Gemm", "MatMul"):
+            self._linear(node, inputs, order)
+            return None
+        if node.op_type in FLATTENING:
+            return _flattened(node, order)
+        if node.op_type == "BatchNormalization":
+            return self._normalised(node, order)
+        if node.op_type in CHANNELWISE and _keeps_channels(node, len(order)):
+            return order
+        raise _StuckError(node.op_type)
 
     def _conv(self, node: ir.Node, order: Order | None) -> None:
         kernel, groups = constant(node.inputs[1]), groups_of(node)
@@ -129,6 +139,26 @@ class _Rewrite:
             raise _StuckError(node.op_type)
         self._reindex(node, 1, axis=1 if "transB" in flags else 0, order=order)
 
+    def _paired(self, inputs: list[ir.Value], order: Order) -> Order:
+        for value in inputs:
+            if not _is_scalar(value):
+                self._demand(value, order)
+        return order
+
+    def _normalised(self, node: ir.Node, order: Order) -> Order:
+        for index in (1, 2, 3, 4):
+            self._reindex(node, index, axis=0, order=order)
+        return order
+
+    def _joined(self, node: ir.Node, inputs: list[ir.Value]) -> Order:
+        if node.attributes["axis"].as_int() != 1:
+            raise _StuckError("Concat")
+        parts: list[Order] = []
+        for value in inputs:
+            order = self.orders.get(value, np.arange(_dims(value)[1]))
+            parts.append(order + sum(map(len, parts)))
+        return np.concatenate(parts)
+
     def _reorder_rows(self, node: ir.Node, order: Order) -> None:
         self._reindex(node, 1, axis=0, order=order)
         if bias_of(node) is not None:
@@ -146,14 +176,27 @@ def _is_scalar(value: ir.Value) -> bool:
     return array is not None and array.size == 1
 
 
+def _dims(value: ir.Value) -> list[int]:
+    """Return the sizes of a value, the batch as 0."""
+    _, *sizes = there(value.shape)
+    if not all(isinstance(size, int) for size in sizes):
+        raise _StuckError("open sizes")
+    return [0, *(size for size in sizes if isinstance(size, int))]
+
+
 def _keeps_channels(node: ir.Node, channels: int) -> bool:
     """Whether axis 1 is the same channels before and after."""
-    before, after = list(there(node.inputs[0]).shape or []), list(node.outputs[0].shape or [])
-    if len(before) < 2 or len(after) < 2 or before[1] != channels or after[1] != channels:
-        return False
-    if node.op_type in ("Flatten", "Reshape"):  # (N, C, 1, 1) -> (N, C)
-        return before[0] == after[0] and all(n == 1 for n in before[2:] + after[2:])
-    return True
+    before, after = _dims(there(node.inputs[0])), _dims(node.outputs[0])
+    return len(before) > 1 < len(after) and before[1] == after[1] == channels
+
+
+def _flattened(node: ir.Node, order: Order) -> Order:
+    """Return the order of (N, C * H * W) made from (N, C, H, W)."""
+    (_, channels, *pixels), after = _dims(there(node.inputs[0])), _dims(node.outputs[0])
+    count = math.prod(pixels)
+    if channels != len(order) or after != [0, channels * count]:
+        raise _StuckError(node.op_type)
+    return (order[:, None] * count + np.arange(count)).flatten()
 
 
 def _split(node: ir.Node, order: Order, multiplier: int) -> None:

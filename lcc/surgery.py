@@ -18,7 +18,7 @@ from lcc.plan import Plan, Site
 from lcc.specs import ConvSpec, Size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 ODD_SUBCLASSES = {
     "Conv2dSame": "pads as its input's size demands",
@@ -43,7 +43,7 @@ def conv_spec(conv: nn.Conv2d) -> ConvSpec:
         dilation=_pair(conv.dilation),
         groups=conv.groups,
         bias=conv.bias is not None,
-        padding_mode=conv.padding_mode,  # type: ignore[arg-type]  # checked by pydantic
+        padding_mode=conv.padding_mode,
     )
 
 
@@ -53,7 +53,7 @@ def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
     `example` is (N, C, H, W); the model runs on it twice in eval mode and is left as it was.
     Raises: SourceError: the model can't run on the example.
     """
-    convs = {}
+    convs: dict[nn.Conv2d | LowCostOp, list[str]] = {}
     for name, module in _outside_operators(model):
         if isinstance(module, nn.Conv2d | LowCostOp):
             convs.setdefault(module, []).append(name)
@@ -223,7 +223,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _tied_weights(convs: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
+def _tied_weights(convs: Mapping[Any, list[str]]) -> dict[nn.Module, str]:
     """Return, for convs that share a weight with another, the other's name."""
     owners: dict[int, list[nn.Module]] = {}
     for conv in convs:

@@ -29,6 +29,7 @@ UNKNOWN = "\N{EM DASH}"
 ARROW = "\N{RIGHTWARDS ARROW}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 GOOD, BAD, QUIET = "green", "bold red", "dim"
+RULES = {"left": "---", "right": "---:"}
 ABREAST = 3  # models side by side in 100 columns
 
 

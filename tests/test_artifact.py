@@ -178,13 +178,6 @@ def test_a_dtype_comes_back(tmp_path, dtype):
     assert same_tensors(artifact.load(tmp_path / "net", model=Net()).loaded.model, net)
 
 
-def test_a_bias_that_calibration_added_comes_back(converted, tmp_path):
-    loaded, plan = converted
-    loaded.model.layer1[0].conv1.add_bias_(torch.arange(16.0))
-    artifact.save(loaded, tmp_path / "net", plan=plan)
-    assert same_tensors(artifact.load(tmp_path / "net").loaded.model, loaded.model)
-
-
 def test_frozen_parameters_of_the_source_stay_frozen(tmp_path):
     net = Net()
     net.first.weight.requires_grad_(False)

@@ -20,8 +20,10 @@ NETWORK = """(float[N,4,8,8] x) => (float[N,3] y) {
     weight = Sigmoid(gate)
     gated = Mul(block, weight)
     again = Conv<group=8, pads=[1,1,1,1], strides=[2,2]>(gated, dw3)
-    last = MaxPool<kernel_shape=[2,2]>(again)
-    flat = Flatten(last)
+    beside = Conv<strides=[2,2]>(block, mix)
+    both = Concat<axis=1>(beside, again)
+    normal = BatchNormalization(both, scale, shift, mean, var)
+    flat = Flatten(normal)
     y = Gemm<transB=1>(flat, fc, fc_bias)
 }"""
 WEIGHTS = {
@@ -34,7 +36,9 @@ WEIGHTS = {
     "pw2_bias": 8,
     "squeeze": (8, 8, 1, 1),
     "dw3": (24, 1, 3, 3),
-    "fc": (3, 24),
+    "mix": (5, 8, 1, 1),
+    **dict.fromkeys(("scale", "shift", "mean", "var"), 29),
+    "fc": (3, 29 * 4),
     "fc_bias": 3,
 }
 SPATIAL = "spatial = Conv<group=4, pads=[1,1,1,1]>(x, dw)"
@@ -52,7 +56,7 @@ def test_after_splitting_every_depthwise_convolution_has_one_output_per_input():
     split_multipliers(model)
     grouped = [node for node in model.graph if node.op_type == "Conv" and groups_of(node) > 1]
     assert [groups_of(node) for node in grouped] == [node.inputs[1].shape[0] for node in grouped]
-    assert op_types(model).count("Concat") == 2
+    assert op_types(model).count("Concat") == 3  # one was there
 
 
 @pytest.mark.parametrize(

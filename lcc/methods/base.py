@@ -80,10 +80,6 @@ class LowCostOp(nn.Module, ABC):
         """Return the Euclidean norm of each output channel's weights, (C_out,)."""
 
     @abstractmethod
-    def add_bias_(self, shift: Tensor) -> None:
-        """Add `shift`, one number per output channel, to the output; makes a bias where there is none."""
-
-    @abstractmethod
     def lower(self, size: Size) -> nn.Module:
         """Return the same function in operations that ONNX Runtime runs well, for inputs of this size."""
 

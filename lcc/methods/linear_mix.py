@@ -6,7 +6,7 @@ convolution whose kernel is zero wherever a tap is neither at the centre nor ins
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -86,8 +86,8 @@ class CrossConv2d(nn.Conv2d):
     `weight` is (C_out, C_in / G, kh + kw - 1): the row, then the column without its centre.
     """
 
-    def __init__(self, *args: int, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]  # handed through to nn.Conv2d as it is
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         kh, kw = self.kernel_size
         row = [kh // 2 * kw + j for j in range(kw)]
         column = [i * kw + kw // 2 for i in range(kh) if i != kh // 2]
@@ -99,11 +99,13 @@ class CrossConv2d(nn.Conv2d):
         """Return the kernel with its empty corners, (C_out, C_in / G, kh, kw)."""
         kh, kw = self.kernel_size
         empty = self.weight.new_zeros(*self.weight.shape[:2], kh * kw)
-        return empty.index_copy(2, self.taps, self.weight).unflatten(2, (kh, kw))
+        filled = empty.index_copy(2, self.taps, self.weight)
+        return filled.reshape(*self.weight.shape[:2], kh, kw)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x with the cross."""
-        return self._conv_forward(x, self.kernel(), self.bias)
+        y: Tensor = self._conv_forward(x, self.kernel(), self.bias)
+        return y
 
 
 class LinearMixOp(LowCostOp):
@@ -145,7 +147,7 @@ class LinearMixOp(LowCostOp):
         self.pointwise_crop = self._branch_crop((1, 1))
 
     @property
-    def bias(self) -> nn.Parameter | None:
+    def bias(self) -> Tensor | None:
         """The bias, as a convolution would have it."""
         return self.pointwise.bias
 
@@ -154,7 +156,8 @@ class LinearMixOp(LowCostOp):
         if self.padding_mode != "zeros":
             top, left = self.spec.margin
             x = F.pad(x, (left, left, top, top), mode=self.padding_mode)
-        return self.pointwise(_crop(x, self.pointwise_crop)) + self.spatial(_crop(x, self.spatial_crop))
+        y: Tensor = self.pointwise(_crop(x, self.pointwise_crop)) + self.spatial(_crop(x, self.spatial_crop))
+        return y
 
     def dense_kernel(self) -> Tensor:
         """Return the equivalent dense kernel, (C_out, C_in, kh, kw)."""
@@ -224,14 +227,7 @@ class LinearMixOp(LowCostOp):
     @torch.no_grad()
     def weight_norms(self) -> Tensor:
         """Return the norm of each output channel's equivalent dense kernel, (C_out,)."""
-        return self.dense_kernel().flatten(1).norm(dim=1)
-
-    @torch.no_grad()
-    def add_bias_(self, shift: Tensor) -> None:
-        """Add `shift` (C_out,) to the output, making a bias where there is none."""
-        if self.pointwise.bias is None:
-            self.pointwise.bias = nn.Parameter(torch.zeros_like(self.pointwise.weight[:, 0, 0, 0]))
-        self.pointwise.bias.add_(shift)
+        return torch.linalg.vector_norm(self.dense_kernel(), dim=(1, 2, 3))
 
     def lower(self, size: Size) -> nn.Module:  # noqa: ARG002  # the same at every size
         """Return two plain convolutions and a sum; a cross becomes a square kernel with empty corners."""
@@ -239,10 +235,10 @@ class LinearMixOp(LowCostOp):
             plain = nn.Conv2d(
                 self.in_channels,
                 self.out_channels,
-                self.spatial.kernel_size,
-                stride=self.spatial.stride,
-                dilation=self.spatial.dilation,
-                padding=self.spatial.padding,
+                self.kernel_size,
+                stride=self.stride,
+                dilation=self.dilation,
+                padding=self._branch_padding(self.kernel_size),
                 groups=self.channel_groups,
                 bias=False,
                 device=self.spatial.weight.device,

@@ -130,8 +130,8 @@ class ArrowGram:
         v = np.linalg.solve(complement, residual.transpose(0, 2, 1)).transpose(0, 2, 1)
         u = direct - v @ coupling.transpose(0, 2, 1)
         device = self.common_common.device
-        u, v = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in (u, v))
-        return ArrowWeights(common=u, private=v)
+        weights = (torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in (u, v))
+        return ArrowWeights(*weights)
 
 
 def relative_error(squared_error: Tensor, squared_norm: Tensor) -> float:

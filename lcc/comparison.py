@@ -1,0 +1,164 @@
+"""Networks side by side: their rows become a report, with latencies measured in one interleaved run."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lcc.errors import RecipeError
+from lcc.evaluation import Accuracy
+from lcc.export import to_onnx
+from lcc.manifest import event_now
+from lcc.measure import Bench, bench_layers, bench_onnx, bench_torch
+from lcc.plan import Site
+from lcc.recipe import ModelPart
+from lcc.report import ModelRow, Report
+
+if TYPE_CHECKING:
+    from lcc.measure import Conditions
+    from lcc.network import Network
+    from lcc.onnx_runtime import Device
+    from lcc.report import LayerRow
+    from lcc.settings import Settings
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How latency is measured; `layers`: every replaced layer too."""
+
+    batch: int = 1
+    threads: int = 1
+    rounds: int = 15
+    torch: bool = True
+    onnx: bool = True
+    layers: bool = True
+
+
+def known_accuracy(network: Network) -> tuple[Accuracy | None, str | None]:
+    """Return what the history says of the present weights' accuracy, and on what data."""
+    for event in reversed(network.history):
+        if "top1" in event.metrics:
+            metrics = event.metrics
+            found = Accuracy(
+                top1=metrics["top1"], top5=metrics.get("top5"), images=int(metrics.get("images", 0))
+            )
+            return found, event.details.get("data")
+        if event.changed_weights:
+            break
+    return None, None
+
+
+def bench(targets: tuple[str, ...], settings: Settings, options: BenchOptions) -> tuple[Bench, ...]:
+    """Time lcc directories, sources and ONNX files against each other, the first being the baseline."""
+    files = {target: Path(target) for target in targets if target.endswith(".onnx")}
+    networks = {target: settings.open(ModelPart(source=target)) for target in targets if target not in files}
+    for target, path in files.items():
+        if not path.is_file():
+            raise RecipeError(f"{target} is not there; `lcc export` makes one")
+    results = []
+    if networks and not files and options.torch:
+        results.append(_bench_torch(networks, options, settings))
+    if options.onnx:
+        with tempfile.TemporaryDirectory() as folder:
+            exported = {
+                t: _exported(n, Path(folder) / f"{i}.onnx") for i, (t, n) in enumerate(networks.items())
+            }
+            ordered = {target: files.get(target) or exported[target] for target in targets}
+            results.append(_bench_onnx(ordered, options, settings))
+    return tuple(results)
+
+
+def plain_report(rows: tuple[ModelRow, ...]) -> Report:
+    """Return a report of the rows as they are."""
+    versions = event_now("report").versions
+    return Report(models=rows, versions=versions, date=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def timed_report(
+    rows: tuple[ModelRow, ...],
+    networks: tuple[Network, ...],
+    options: BenchOptions | None,
+    settings: Settings,
+) -> Report:
+    """Return a report of the rows with latencies measured as `options` say."""
+    if options is None:
+        return plain_report(rows)
+    conditions: list[Conditions] = []
+    named = {row.name: network for row, network in zip(rows, networks, strict=True)}
+    updates: list[dict[str, object]] = [{} for _ in rows]
+    if options.torch:
+        bench = _bench_torch(named, options, settings)
+        conditions.append(bench.conditions)
+        for update, row in zip(updates, rows, strict=True):
+            update |= {"torch": bench.latencies[row.name], "torch_speedup": bench.speedups.get(row.name)}
+    if options.onnx:
+        with tempfile.TemporaryDirectory() as folder:
+            files = {
+                name: _exported(n, Path(folder) / f"{i}.onnx") for i, (name, n) in enumerate(named.items())
+            }
+            bench = _bench_onnx(files, options, settings)
+        conditions.append(bench.conditions)
+        for update, row in zip(updates, rows, strict=True):
+            update |= {"onnx": bench.latencies[row.name], "onnx_speedup": bench.speedups.get(row.name)}
+    if options.layers:
+        for update, row, network in zip(updates, rows, networks, strict=True):
+            if row.layers:
+                update["layers"], layer_conditions = _layer_times(row, network, options)
+                conditions += layer_conditions
+    timed = tuple(row.model_copy(update=update) for row, update in zip(rows, updates, strict=True))
+    return plain_report(timed).model_copy(update={"conditions": tuple(conditions)})
+
+
+def _layer_times(
+    row: ModelRow, network: Network, options: BenchOptions
+) -> tuple[tuple[LayerRow, ...], list[Conditions]]:
+    sites = tuple(Site(name=layer.site, spec=layer.spec, sizes=(layer.size,)) for layer in row.layers)
+    layers = row.layers
+    conditions: list[Conditions] = []
+    for wanted, onnx, key in ((options.torch, False, "torch"), (options.onnx, True, "onnx")):
+        if wanted:
+            timed = bench_layers(
+                sites,
+                network.plan,
+                onnx=onnx,
+                batch=options.batch,
+                threads=options.threads,
+                rounds=options.rounds,
+            )
+            conditions.append(timed.conditions)
+            layers = tuple(layer.model_copy(update={key: timed.layers[layer.site]}) for layer in layers)
+    return layers, conditions
+
+
+def _bench_torch(networks: dict[str, Network], options: BenchOptions, settings: Settings) -> Bench:
+    example = next(iter(networks.values())).example.expand(options.batch, -1, -1, -1).contiguous()
+    return bench_torch(
+        {name: network.loaded.model for name, network in networks.items()},
+        example,
+        threads=options.threads,
+        device=_bench_device(settings),
+        rounds=options.rounds,
+    )
+
+
+def _bench_onnx(files: dict[str, Path], options: BenchOptions, settings: Settings) -> Bench:
+    return bench_onnx(
+        files,
+        batch=options.batch,
+        threads=options.threads,
+        device=_bench_device(settings),
+        rounds=options.rounds,
+    )
+
+
+def _bench_device(settings: Settings) -> Device:
+    """Latency is measured on the CPU unless a GPU is asked for by name."""
+    return "cuda" if settings.device.startswith("cuda") else "cpu"
+
+
+def _exported(network: Network, path: Path) -> Path:
+    to_onnx(network.loaded, path, network.plan)
+    return path

@@ -1,0 +1,52 @@
+"""What every command takes: where to run, how much to trust, and where notes go."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lcc import progress
+from lcc.network import Network, open_network
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lcc.recipe import ModelPart
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every command takes: where to run, how much to trust, and where notes go."""
+
+    device: str = "auto"
+    threads: int | None = None
+    trust_pickle: bool = False
+    trust_code: bool = False
+    force: bool = False
+    say: Say = progress.say
+
+    def open(self, part: ModelPart, *, name: str | None = None) -> Network:
+        """Return a network and tell its notes."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        network = open_network(part, trust_pickle=self.trust_pickle, trust_code=self.trust_code, name=name)
+        for note in network.loaded.notes:
+            self.say(f"note: {note}")
+        return network
+
+
+def command_line() -> str:
+    """Return the command that is running, for the history of what it makes."""
+    return shlex.join(["lcc", *sys.argv[1:]])
+
+
+def checkpoints_of(directory: Path) -> Path:
+    """Return where the checkpoints of an lcc directory go while it is trained: DIR.checkpoints."""
+    return directory.parent / f"{directory.name}.checkpoints"

@@ -1,0 +1,91 @@
+"""A network and a teacher in, a trained copy and its history out."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from lcc import train
+from lcc.errors import RecipeError
+from lcc.manifest import event_now
+from lcc.recipe import Finetune, ModelPart
+from lcc.settings import checkpoints_of, command_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lcc.network import Network
+    from lcc.settings import Settings
+    from lcc.train import TrainResult
+
+
+def train_network(
+    network: Network,
+    options: Finetune,
+    teacher: Network | None,
+    directory: Path,
+    settings: Settings,
+    *,
+    resume: bool,
+    workers: int | None,
+) -> tuple[Network, TrainResult]:
+    """Return a trained copy of a network, and what the training gave; checkpoints go beside `directory`.
+
+    Raises: what `lcc.train.finetune` raises.
+    """
+    if teacher is None and options.distill > 0:
+        settings.say("note: no teacher, so the labels alone are learnt from")
+        options = options.model_copy(update={"distill": 0.0})
+    model = copy.deepcopy(network.loaded.model)
+    result = train.finetune(
+        model,
+        network.loaded.preprocessing,
+        options,
+        teacher=teacher.loaded.model if teacher else None,
+        teacher_preprocessing=teacher.loaded.preprocessing if teacher else None,
+        checkpoint_dir=checkpoints_of(directory),
+        resume=resume,
+        device=settings.device,
+        workers=workers,
+        say=settings.say,
+    )
+    metrics = {"top1": result.accuracy.top1, "images": float(result.accuracy.images)}
+    if result.accuracy.top5 is not None:
+        metrics["top5"] = result.accuracy.top5
+    event = event_now(
+        command_line(),
+        seed=options.seed,
+        metrics=metrics,
+        details={
+            "data": options.data,
+            "evaluated_on": result.evaluated_on,
+            "options": options.model_dump_json(exclude={"data"}, exclude_defaults=True),
+            "teacher": "none"
+            if result.teacher is None
+            else f"{teacher.name if teacher else ''} ({result.teacher})",
+            "threads": str(torch.get_num_threads()),
+            "top1_by_epoch": " ".join(f"{epoch.accuracy.top1:.2f}" for epoch in result.history),
+        },
+    )
+    return network.but(
+        loaded=replace(network.loaded, model=model), history=(*network.history, event), size_bytes=None
+    ), result
+
+
+def original_teacher(network: Network, settings: Settings) -> Network:
+    """Return the trained original of a converted network, to be its teacher, if the library has it."""
+    source = network.loaded.source
+    if source.is_random:
+        raise RecipeError(
+            "the original had random weights and can't teach; name a --teacher, or pass --set distill=0"
+        )
+    if source.weights != "default":
+        file = source.weights.removeprefix("file:")
+        raise RecipeError(
+            f"distillation learns from the original network: give its weights again, --teacher {file}, "
+            "or pass --set distill=0"
+        )
+    return settings.open(ModelPart(source=source.id, num_classes=source.num_classes), name="original")

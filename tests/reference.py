@@ -1,0 +1,68 @@
+"""Slow oracles in numpy float64: loops over pixels and taps, sharing no code with what they check."""
+
+from __future__ import annotations
+
+import numpy as np
+
+PAD = {"zeros": "constant", "reflect": "reflect", "circular": "wrap", "replicate": "edge"}
+
+
+def conv_reference(x, kernel, bias, *, stride, margin, dilation, mode):
+    """Return the convolution of x (N, C, H, W) with a dense kernel (O, C, kh, kw), output pixel by pixel."""
+    (top, left), (sh, sw), (dh, dw) = margin, stride, dilation
+    padded = np.pad(x, ((0, 0), (0, 0), (top, top), (left, left)), mode=PAD[mode])
+    n, _, height, width = padded.shape
+    out, _, kh, kw = kernel.shape
+    rows = (height - dh * (kh - 1) - 1) // sh + 1
+    columns = (width - dw * (kw - 1) - 1) // sw + 1
+    y = np.zeros((n, out, rows, columns))
+    for i in range(rows):
+        for j in range(columns):
+            for a in range(kh):
+                for b in range(kw):
+                    pixel = padded[:, :, i * sh + a * dh, j * sw + b * dw]
+                    y[:, :, i, j] += pixel @ kernel[:, :, a, b].T
+    return y if bias is None else y + bias[None, :, None, None]
+
+
+def margin_of(spec):
+    """Return the padding of a spec from its definition: `same` keeps the size at stride 1."""
+    if spec.padding == "valid":
+        return 0, 0
+    if spec.padding == "same":
+        return tuple(d * (k - 1) // 2 for k, d in zip(spec.kernel_size, spec.dilation, strict=True))
+    return spec.padding
+
+
+def linear_mix_reference(op, method, x):
+    """Return K x + M x with K and M written out entry by entry."""
+    spec = op.spec
+    kh, kw = spec.kernel_size
+    spatial = op.spatial.weight.detach().numpy()
+    dense = np.zeros((spec.out_channels, spec.in_channels, kh, kw))
+    groups = spec.in_channels // method.group_size
+    per_group = spec.out_channels // groups
+    for o in range(spec.out_channels):
+        for k in range(method.group_size):
+            i = o // per_group * method.group_size + k
+            taps = spatial[o, k]
+            if method.stencil == "square":
+                dense[o, i] = taps
+            if method.stencil == "horizontal":
+                dense[o, i, kh // 2] = taps[0]
+            if method.stencil == "vertical":
+                dense[o, i, :, kw // 2] = taps[:, 0]
+            if method.stencil == "cross":
+                dense[o, i, kh // 2] = taps[:kw]
+                dense[o, i, [r for r in range(kh) if r != kh // 2], kw // 2] = taps[kw:]
+    dense[:, :, kh // 2, kw // 2] += op.pointwise.weight.detach().numpy()[:, :, 0, 0]
+    bias = None if op.bias is None else op.bias.detach().numpy()
+    return conv_reference(
+        x,
+        dense,
+        bias,
+        stride=spec.stride,
+        margin=margin_of(spec),
+        dilation=spec.dilation,
+        mode=spec.padding_mode,
+    )

@@ -1,0 +1,296 @@
+"""The laws that every method keeps, on every case."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from cases import CASES, EVERY, LINEAR, ORACLES, SIZE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lcc.counts import fvcore_macs
+from lcc.export import export_graph
+from lcc.methods import METHODS, parse_method
+from lcc.specs import ConvSpec, Size
+
+CLOSED_FORMS = [case for case in EVERY if case.method.name in LINEAR]
+
+
+def dense(spec, *, seed=0):
+    torch.manual_seed(seed)
+    return nn.Conv2d(
+        spec.in_channels,
+        spec.out_channels,
+        spec.kernel_size,
+        stride=spec.stride,
+        padding=spec.padding,
+        dilation=spec.dilation,
+        groups=spec.groups,
+        bias=spec.bias,
+        padding_mode=spec.padding_mode,
+    ).double()
+
+
+def operator(case, *, seed=1):
+    torch.manual_seed(seed)
+    return case.method.build(case.spec).double()
+
+
+def inputs(spec, count=2, *, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(
+        count, spec.in_channels, SIZE.height, SIZE.width, dtype=torch.float64, generator=generator
+    )
+
+
+def smooth_inputs(spec, count=40):
+    """Channels that depend on each other and pixels that depend on their neighbours, as in a network."""
+    white = inputs(spec, count)
+    mixing = torch.randn(spec.in_channels, spec.in_channels, dtype=torch.float64)
+    mixed = torch.einsum("ij,njhw->nihw", mixing, white)
+    return nn.functional.avg_pool2d(mixed, 3, stride=1, padding=1) + 0.3
+
+
+def test_every_method_has_cases_and_an_oracle():
+    assert CASES.keys() == METHODS.keys() == ORACLES.keys()
+    assert METHODS.keys() >= LINEAR
+
+
+def test_every_method_is_named_as_in_the_table():
+    assert [kind.model_fields["name"].default for kind in METHODS.values()] == list(METHODS)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_a_method_survives_json(case):
+    assert parse_method(case.method.model_dump(mode="json")) == case.method
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_it_stands_in_for_the_convolution(case):
+    conv, x = dense(case.spec).float(), inputs(case.spec).float()
+    op = case.method.build(case.spec)
+    wanted, got = conv(x), op(x)
+    assert got.shape == wanted.shape
+    assert got.dtype == wanted.dtype
+    assert case.spec.out_size(SIZE) == Size(height=wanted.shape[2], width=wanted.shape[3])
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        assert getattr(op, name) == getattr(conv, name)
+    assert (op.bias is None) == (conv.bias is None)
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    assert op.to(memory_format=torch.channels_last)(channels_last).is_contiguous(
+        memory_format=torch.channels_last
+    )
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_it_equals_the_slow_reference(case):
+    op, x = operator(case), inputs(case.spec)
+    wanted = ORACLES[case.method.name](op, case.method, x.numpy())
+    np.testing.assert_allclose(op(x).detach().numpy(), wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CLOSED_FORMS, ids=str)
+def test_it_is_linear_in_its_input(case):
+    op = operator(case)
+    x, y = inputs(case.spec, seed=3), inputs(case.spec, seed=4)
+    origin = op(torch.zeros_like(x))
+    combined = 2 * (op(x) - origin) - 3 * (op(y) - origin)
+    torch.testing.assert_close(op(2 * x - 3 * y) - origin, combined, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_its_gradients_are_right(case):
+    op = operator(case)
+    x = inputs(case.spec, 1)[:, :, :6, :6].clone().requires_grad_()
+    parameters = tuple(op.parameters())
+
+    def loss(x, *_):
+        return op(x)
+
+    assert torch.autograd.gradcheck(loss, (x, *parameters), fast_mode=True)
+    op(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+
+
+@pytest.mark.parametrize("case", CLOSED_FORMS, ids=str)
+def test_projecting_its_own_dense_kernel_is_lossless(case):
+    op, conv, x = operator(case), dense(case.spec), inputs(case.spec)
+    conv.weight.data.copy_(op.dense_kernel())
+    if op.bias is not None:
+        conv.bias.data.copy_(op.bias)
+    fresh = operator(case, seed=9)
+    fit = fresh.project_(conv)
+    assert fit.kernel_error <= 1e-12
+    torch.testing.assert_close(fresh(x), conv(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CLOSED_FORMS, ids=str)
+@torch.no_grad()
+def test_the_projection_is_the_closest_member_of_the_family(case):
+    conv, op = dense(case.spec), operator(case)
+    fit = op.project_(conv)
+    best = (conv.weight - op.dense_kernel()).norm()
+    assert fit.kernel_error == pytest.approx(float(best / conv.weight.norm()), abs=1e-12)
+    for seed in range(5):
+        near = copy.deepcopy(op)
+        torch.manual_seed(seed)
+        for parameter in near.parameters():
+            parameter.data += 1e-3 * torch.randn_like(parameter)
+        assert (conv.weight - near.dense_kernel()).norm() >= best
+
+
+@pytest.mark.parametrize("case", CLOSED_FORMS, ids=str)
+@pytest.mark.parametrize("free_means", [False, True])
+def test_fitting_to_data_helps_on_held_out_images(case, free_means):
+    torch.manual_seed(5)
+    conv, x = dense(case.spec), smooth_inputs(case.spec)
+    op = operator(case)
+    op.project_(conv)
+    statistics = op.statistics(free_means=free_means)
+    statistics.add(x[:25], conv(x[:25]))
+    statistics.add(x[25:], conv(x[25:]))
+    fit = op.fit_(statistics)
+    assert fit.relative_error < fit.start_error
+    assert fit.samples == 40 * case.spec.out_size(SIZE).pixels
+
+
+@pytest.mark.parametrize("case", CLOSED_FORMS, ids=str)
+@pytest.mark.parametrize("free_means", [False, True])
+def test_the_reported_errors_equal_the_errors_recomputed(case, free_means):
+    torch.manual_seed(5)
+    conv, x = dense(case.spec), smooth_inputs(case.spec, 4)  # too few to hold any out
+    wanted = conv(x).detach()
+    op = operator(case)
+    op.project_(conv)
+    before = op(x).detach()
+    statistics = op.statistics(free_means=free_means)
+    statistics.add(x, wanted)
+    fit = op.fit_(statistics)
+
+    def error(got):
+        axes = (0, 2, 3)
+        centred = free_means or case.spec.bias
+        shift = (got - wanted).mean(axes, keepdim=True) if centred else 0
+        scale = wanted - (wanted.mean(axes, keepdim=True) if centred else 0)
+        return float((got - wanted - shift).norm() / scale.norm())
+
+    assert fit.start_error == pytest.approx(error(before), abs=1e-12)
+    assert fit.relative_error == pytest.approx(error(op(x).detach()), abs=1e-9)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+@torch.no_grad()
+def test_scaling_scales_every_output_channel(case):
+    op, x = operator(case), inputs(case.spec)
+    factor = torch.linspace(0.5, 2, case.spec.out_channels, dtype=torch.float64)
+    wanted = op(x) * factor[:, None, None]
+    norms = op.weight_norms() * factor
+    op.scale_(factor)
+    torch.testing.assert_close(op(x), wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(op.weight_norms(), norms, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_the_stated_parameters_are_the_counted_ones(case):
+    op = case.method.build(case.spec)
+    assert case.method.cost(case.spec, SIZE).params == sum(p.numel() for p in op.parameters())
+
+
+@pytest.mark.parametrize("case", [case for case in EVERY if case.spec.padding_mode == "zeros"], ids=str)
+def test_the_stated_macs_are_what_fvcore_counts(case):
+    op = case.method.build(case.spec)
+    counted = fvcore_macs(op, inputs(case.spec, 1).float())
+    assert counted.macs == case.method.cost(case.spec, SIZE).macs
+
+
+specs = st.builds(
+    ConvSpec,
+    in_channels=st.integers(1, 6),
+    out_channels=st.integers(1, 6),
+    kernel_size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.one_of(st.just("valid"), st.tuples(st.integers(0, 3), st.integers(0, 3))),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    bias=st.booleans(),
+    padding_mode=st.sampled_from(["zeros", "replicate"]),
+)
+methods = st.builds(
+    METHODS["linear_mix"],
+    group_size=st.integers(1, 4),
+    stencil=st.sampled_from(["square", "cross", "horizontal", "vertical"]),
+    change_channels=st.booleans(),
+)
+
+
+@given(spec=specs, method=methods)
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_what_is_eligible_builds_and_runs_and_what_is_not_says_why(spec, method):
+    reason = method.why_not(spec)
+    if reason is not None:
+        assert len(reason.split()) >= 2
+        return
+    x = torch.randn(1, spec.in_channels, 13, 12)
+    wanted = dense(spec).float()(x)
+    op = method.build(spec)
+    assert op(x).shape == wanted.shape
+    fit = op.project_(dense(spec).float())
+    assert 0 <= fit.kernel_error <= 1
+
+
+SAVE_AND_RUN = """
+import sys, torch
+from safetensors.torch import load_file
+from lcc.methods import parse_method
+from lcc.specs import ConvSpec
+method, spec, folder = sys.argv[1:]
+op = parse_method(__import__("json").loads(method)).build(ConvSpec.model_validate_json(spec)).double()
+op.load_state_dict(load_file(folder + "/op.safetensors"))
+probe = load_file(folder + "/probe.safetensors")
+sys.exit(0 if torch.equal(op(probe["x"]), probe["y"]) else 1)
+"""
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_gives_the_same_bits_in_another_process(name, tmp_path):
+    from safetensors.torch import save_file
+
+    case = CASES[name][11]
+    op, x = operator(case), inputs(case.spec)
+    save_file(op.state_dict(), tmp_path / "op.safetensors")
+    save_file({"x": x, "y": op(x).detach().contiguous()}, tmp_path / "probe.safetensors")
+    arguments = (case.method.model_dump_json(), case.spec.model_dump_json(), str(tmp_path))
+    assert subprocess.run([sys.executable, "-c", SAVE_AND_RUN, *arguments], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_lowering_changes_nothing(case):
+    op, x = operator(case).eval(), inputs(case.spec)
+    wanted = op(x)
+    torch.testing.assert_close(copy.deepcopy(op).lower(SIZE)(x), wanted, rtol=0, atol=1e-10)
+
+
+ONNX_CASES = [cases[index] for cases in CASES.values() for index in (1, 13, 8)]
+
+
+@pytest.mark.parametrize("case", ONNX_CASES, ids=str)
+def test_onnx_runtime_computes_the_same_without_a_fourier_transform(case):
+    torch.manual_seed(0)
+    op = case.method.build(case.spec).eval()
+    x = inputs(case.spec, 3).float()
+    wanted = op(x).detach().numpy()
+    from onnxscript import ir
+
+    model = ir.to_proto(export_graph(copy.deepcopy(op).lower(SIZE), x[:2], 20))
+    assert model.opset_import[0].version == 20
+    assert "DFT" not in {node.op_type for node in model.graph.node}
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for batch in (1, 3):
+        (got,) = session.run(None, {session.get_inputs()[0].name: x[:batch].numpy()})
+        assert np.abs(got - wanted[:batch]).max() <= 1e-4 * np.abs(wanted).max()
