@@ -83,3 +83,13 @@ def test_a_graph_without_multipliers_is_left_as_it_was():
     before = serialised(model)
     assert split_multipliers(model) == 0
     assert serialised(model) == before
+
+
+def test_a_convolution_of_too_few_channels_for_the_fast_kernels_is_left_as_it_was():
+    text = """(float[N,3,6,6] x) => (float[N,9] y) {
+        wide = Conv<group=3>(x, dw)
+        pooled = GlobalAveragePool(wide)
+        flat = Flatten(pooled)
+        y = Gemm<transB=1>(flat, fc)
+    }"""
+    assert split_multipliers(make(text, dw=(9, 1, 3, 3), fc=(9, 9))) == 0
