@@ -30,7 +30,7 @@ CHANNELWISE = frozenset({
     "GlobalMaxPool", "ReduceMean", "Pad", "Resize",
 })  # fmt: skip
 FLATTENING = frozenset({"Flatten", "Reshape"})
-# The fast kernels take this many channels at a time; 3 colours, split 32-fold, ran 3 times slower than before.
+# Fast kernels take this many channels at a time; 3 colours, split 32-fold, ran 3 times slower than before.
 BLOCK = 4
 ELEMENTWISE_PAIRS = frozenset({"Add", "Sub", "Mul", "Div"})
 
