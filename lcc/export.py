@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lcc import __version__
-from lcc.errors import ArtifactError, CheckFailedError, RecipeError
+from lcc.errors import ArtifactError, CheckFailedError, RecipeError, SourceError
 from lcc.methods import LowCostOp
 from lcc.onnx_channels import split_multipliers
 from lcc.onnx_graph import drop_unused, fold_batch_norms, order_sums, strip, to_half
@@ -85,6 +85,7 @@ def to_onnx(
     computes in float16 and keeps float32 inputs and outputs. The network itself is left as it is.
     Raises: ArtifactError: `path` can't be written. RecipeError: opset below 18. CheckFailedError: the network
     can't be exported, or the file is not the network; nothing is left at `path`, and what was there stays.
+    SourceError: the network can't run on images of its size.
     """
     if opset < MIN_OPSET:
         raise RecipeError(f"opset {opset} is too old: the exporter needs {MIN_OPSET} or later")
@@ -156,7 +157,7 @@ def _written_at_once(path: Path) -> Iterator[Path]:
         yield part
         part.replace(path)
     except OSError as error:
-        raise ArtifactError(f"{path} can't be written: {error.strerror}") from error
+        raise ArtifactError(f"{path} can't be written: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -183,7 +184,13 @@ def _run_and_lower_(network: nn.Module, images: list[Tensor]) -> list[list[Array
 
     operators = [module for module in network.modules() if isinstance(module, LowCostOp)]
     handles = [op.register_forward_pre_hook(see) for op in operators]
-    outputs = [[y.numpy() for y in pytree.tree_leaves(network(x)) if isinstance(y, Tensor)] for x in images]
+    try:
+        outputs = [
+            [y.numpy() for y in pytree.tree_leaves(network(x)) if isinstance(y, Tensor)] for x in images
+        ]
+    except (RuntimeError, ValueError, TypeError) as error:
+        shape = "x".join(map(str, images[0].shape))
+        raise SourceError(f"the network can't run on a {shape} input: {first_line(error)}") from error
     for handle in handles:
         handle.remove()
     for name, module in list(network.named_modules(remove_duplicate=False)):
@@ -220,6 +227,10 @@ def _check(
         raise CheckFailedError(
             f"the exported graph does not hold: {first_line(error)}; no file was kept"
         ) from error
+    if len(got[0]) != len(wanted[0]):
+        raise CheckFailedError(
+            f"the exported graph has {len(got[0])} outputs and the network {len(wanted[0])}; no file was kept"
+        )
     parity = tuple(_compare(*pair) for pair in zip(got, wanted, strict=True))
     for entry in parity:
         if not entry.relative_error <= tolerance:  # NaN fails too

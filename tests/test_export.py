@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lcc.errors import ArtifactError, CheckFailedError, RecipeError
+from lcc.errors import ArtifactError, CheckFailedError, RecipeError, SourceError
 from lcc.export import to_onnx
 from lcc.methods.linear_mix import LinearMix
 from lcc.models import Loaded, Preprocessing, Source
@@ -163,6 +163,12 @@ def test_an_unwritable_target_is_one_line_before_any_work(target, tmp_path):
     with pytest.raises(ArtifactError, match="can't be written") as caught:
         to_onnx(loaded(None), tmp_path / target, Plan())
     assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_the_network_can_not_take_are_one_line(tmp_path):
+    with pytest.raises(SourceError, match="1x3x10x12"):
+        to_onnx(loaded(nn.Conv2d(4, 4, 1)), tmp_path / "model.onnx", Plan())
     assert list(tmp_path.iterdir()) == []
 
 
