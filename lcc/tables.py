@@ -72,6 +72,8 @@ def to_rich(sheets: Sequence[Sheet]) -> Group:
             table.add_column(Text(header), justify=sheet.side(number), overflow="fold")
         for row in sheet.rows:
             table.add_row(*(Text(cell.text, style=cell.style) for cell in row))
+        if parts:
+            parts.append(Text())
         parts += [table, *(Text(note, style=QUIET) for note in sheet.notes)]
     return Group(*parts)
 
