@@ -23,7 +23,7 @@ class ArrowGram:
     Outputs y (G, q) are explained by c common regressors and by p private ones of their group:
     y[g] = W[g] x_common + V[g] x_private[g]. The normal matrix of a group is an arrow: one shared block,
     so it is factorised once, and the private blocks follow by their Schur complements.
-    Products are taken in the dtype of the samples and summed in float64.
+    Products are taken in the dtype of the samples, at least float32, and summed in float64.
     """
 
     def __init__(self, common: int, private: tuple[int, int], outputs: int, device: torch.device) -> None:
@@ -47,6 +47,8 @@ class ArrowGram:
 
     def add(self, common: Tensor, private: Tensor, outputs: Tensor) -> None:
         """Take in M samples: common (M, c), private (M, G, p), outputs (M, G, q)."""
+        exact = torch.promote_types(common.dtype, torch.float32)
+        common, private, outputs = common.to(exact), private.to(exact), outputs.to(exact)
         groups, width = private.shape[1:]
         self.count += len(common)
         self.common_sum += common.sum(0)
@@ -54,7 +56,7 @@ class ArrowGram:
         self.output_sum += outputs.sum(0)
         self.common_common += common.T @ common
         crossed = common.T @ private.flatten(1)
-        self.common_private += crossed.reshape(-1, groups, width).transpose(0, 1)
+        self.common_private += crossed.reshape(common.shape[1], groups, width).transpose(0, 1)
         self.private_private += torch.einsum("mgp,mgr->gpr", private, private)
         self.output_common += (outputs.flatten(1).T @ common).reshape(groups, -1, common.shape[1])
         self.output_private += torch.einsum("mgq,mgp->gqp", outputs, private)
@@ -114,7 +116,8 @@ class ArrowGram:
             )
         )
         groups, common, width = cross.shape
-        pull = ridge * max(float(np.diagonal(shared).mean()), np.finfo(np.float64).tiny)
+        scale = float(np.diagonal(shared).mean())
+        pull = ridge * (scale if scale > 0 else 1.0)  # dead inputs: any pull gives the start back
         wanted_common = wanted_common + pull * start_common
         wanted_private = wanted_private + pull * start_private
         factor = scipy.linalg.cho_factor(shared + pull * np.eye(common))
@@ -136,7 +139,7 @@ class ArrowGram:
 
 def relative_error(squared_error: Tensor, squared_norm: Tensor) -> float:
     """Return the square root of the ratio of two sums; 0/0 is 0."""
-    error, norm = float(squared_error.sum()), float(squared_norm.sum())
+    error, norm = (float(squares.sum(dtype=torch.float64)) for squares in (squared_error, squared_norm))
     if error == 0:
         return 0.0
     return (error / norm) ** 0.5 if norm > 0 else float("inf")

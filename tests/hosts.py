@@ -1,0 +1,192 @@
+"""Small networks that use convolutions in every way that makes replacing one hard."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def seeded(factory, *arguments, seed=0, **options):
+    """Return a network with seeded weights and BatchNorms that do something, in float64 and eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = factory(*arguments, **options)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                stir_(module)
+    return model.double().eval()
+
+
+def stir_(norm):
+    """Give a BatchNorm statistics and an affine part that are not one and zero."""
+    for tensor, low, high in (
+        (norm.running_mean, -0.5, 0.5),
+        (norm.running_var, 0.5, 2.0),
+        (norm.weight, 0.5, 1.5),
+        (norm.bias, -0.3, 0.3),
+    ):
+        if tensor is not None:
+            nn.init.uniform_(tensor, low, high)
+
+
+def photos(count, size=12, channels=3, *, seed=1):
+    """Images whose channels and neighbouring pixels depend on each other, (N, C, H, W) in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    white = torch.randn(count, channels, size, size, dtype=torch.float64, generator=generator)
+    mixing = torch.randn(channels, channels, dtype=torch.float64, generator=generator)
+    return F.avg_pool2d(torch.einsum("ij,njhw->nihw", mixing, white), 3, stride=1, padding=1) * 2 + 0.2
+
+
+def conv3(c_in, c_out=None, stride=1, *, bias=False):
+    return nn.Conv2d(c_in, c_out or c_in, 3, stride=stride, padding=1, bias=bias)
+
+
+class Block(nn.Module):
+    """relu(x + bn2(conv2(relu(bn1(conv1(x))))))."""
+
+    def __init__(self, channels, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.conv1, self.bn1 = conv3(channels), norm(channels)
+        self.conv2, self.bn2 = conv3(channels), norm(channels)
+
+    def forward(self, x):
+        return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+class TinyResNet(nn.Module):
+    """A stem, a block, a strided convolution to twice the channels, a block, a linear layer."""
+
+    def __init__(self, channels=4, classes=3, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.stem, self.bn = conv3(3, channels), norm(channels)
+        self.layer1 = Block(channels, norm)
+        self.down, self.down_bn = conv3(channels, 2 * channels, 2), norm(2 * channels)
+        self.layer2 = Block(2 * channels, norm)
+        self.head = nn.Linear(2 * channels, classes)
+
+    def forward(self, x):
+        x = self.layer1(F.relu(self.bn(self.stem(x))))
+        x = self.layer2(F.relu(self.down_bn(self.down(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class PreActivation(nn.Module):
+    """A stem whose output feeds the first BatchNorm and the identity path."""
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.stem = conv3(3, channels)
+        self.bn1, self.conv1 = nn.BatchNorm2d(channels), conv3(channels)
+        self.bn2, self.conv2 = nn.BatchNorm2d(channels), conv3(channels)
+        self.last = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return F.relu(self.last(x)).mean((2, 3))
+
+
+class TwoParents(nn.Module):
+    """One convolution registered under two parents, which call it on different sizes."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        shared = conv3(channels, bias=True)
+        self.left = nn.Sequential(shared, nn.ReLU())
+        self.right = nn.Sequential(nn.AvgPool2d(2), shared)
+
+    def forward(self, x):
+        return self.left(x).mean((2, 3)) + self.right(x).mean((2, 3))
+
+
+class CalledTwice(nn.Module):
+    """One convolution called on two sizes, followed by one BatchNorm or by another one each time."""
+
+    def __init__(self, channels=3, norms=1):
+        super().__init__()
+        self.conv = conv3(channels)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(norms))
+
+    def forward(self, x):
+        x = F.relu(self.norms[0](self.conv(x)))
+        return self.norms[-1](self.conv(F.max_pool2d(x, 2))).mean((2, 3))
+
+
+class Tied(nn.Module):
+    """Two convolutions with one weight Parameter, and one with its own."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.a, self.b, self.c = conv3(channels), conv3(channels), conv3(channels)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+class TiedAutoencoder(nn.Module):
+    """A convolution whose weight the transposed convolution of the decoder also uses."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.encode = conv3(channels)
+        self.decode = nn.ConvTranspose2d(channels, channels, 3, padding=1, bias=False)
+        self.decode.weight = self.encode.weight
+
+    def forward(self, x):
+        return self.decode(F.relu(self.encode(x)))
+
+
+class ReadsAttributes(nn.Module):
+    """A host that computes with what it reads off its convolution."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        conv = self.conv
+        (kh, kw), (sh, sw), (ph, pw), (dh, dw) = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+        height = (x.shape[2] + 2 * ph - dh * (kh - 1) - 1) // sh + 1
+        width = (x.shape[3] + 2 * pw - dw * (kw - 1) - 1) // sw + 1
+        scale = conv.in_channels / (conv.out_channels * conv.groups) + (conv.bias is not None)
+        y = conv(x)
+        return y.reshape(len(x), conv.out_channels, height, width) * scale
+
+
+class ReadsWeight(nn.Module):
+    """A host that never calls its convolution, but computes with its weight."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.read, self.called = conv3(channels), conv3(channels)
+
+    def forward(self, x):
+        return self.called(F.conv2d(x, self.read.weight.abs(), padding=1))
+
+
+class Chain(nn.Module):
+    """A convolution, something done to its output, a BatchNorm; `after` gets all three tensors."""
+
+    def __init__(self, between, after=lambda x, y, z: z, norm=None, channels=3):
+        super().__init__()
+        self.conv = conv3(channels)
+        self.norm = nn.BatchNorm2d(channels) if norm is None else norm
+        self.between, self.after = between, after
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.after(x, y, self.norm(self.between(x, y)))
+
+
+class Raises(nn.Module):
+    """A network that refuses every input."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.conv, self.error = conv3(3), error
+
+    def forward(self, x):
+        self.conv(x)
+        raise self.error
