@@ -18,7 +18,7 @@ from lcc.plan import Plan, Site
 from lcc.specs import ConvSpec, Size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
 ODD_SUBCLASSES = {
     "Conv2dSame": "pads as its input's size demands",
@@ -28,20 +28,22 @@ ODD_SUBCLASSES = {
     "ScaledStdConv2d": "standardises its weights in every call",
     "ScaledStdConv2dSame": "standardises its weights in every call",
 }
-# Exact in floating point, so that a function it does not change keeps every bit.
-PROBE_FACTOR = 2.0
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # no public view
+# Exact in floating point, so that a function it does not change keeps every bit. Negative, so that
+# a reader that ignores the scale of its input (a ReLU's sign, an argmax, a normalisation) shows up.
+PROBE_FACTOR = -2.0
 
 
 def conv_spec(conv: nn.Conv2d) -> ConvSpec:
     """Return the description of a convolution."""
     return ConvSpec(
-        in_channels=conv.in_channels,
-        out_channels=conv.out_channels,
+        in_channels=int(conv.in_channels),
+        out_channels=int(conv.out_channels),
         kernel_size=_pair(conv.kernel_size),
         stride=_pair(conv.stride),
         padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),  # type: ignore[arg-type]  # pydantic checks
         dilation=_pair(conv.dilation),
-        groups=conv.groups,
+        groups=int(conv.groups),
         bias=conv.bias is not None,
         padding_mode=conv.padding_mode,
     )
@@ -50,7 +52,7 @@ def conv_spec(conv: nn.Conv2d) -> ConvSpec:
 def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
     """Return every convolution of the model, in order of first call, those never called last.
 
-    `example` is (N, C, H, W); the model runs on it twice in eval mode and is left as it was.
+    `example` is (N, C, H, W); the model runs on it a few times in eval mode and is left as it was.
     Raises: SourceError: the model can't run on the example.
     """
     convs: dict[nn.Conv2d | LowCostOp, list[str]] = {}
@@ -59,7 +61,7 @@ def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
             convs.setdefault(module, []).append(name)
     calls = _record_calls(model, list(convs), example)
     norms = _sole_norms(model, calls, example)
-    tied = _tied_weights(convs)
+    tied = _tied_parameters(model, list(convs))
     order = sorted(convs, key=lambda conv: calls[conv].first)
     return tuple(
         Site(
@@ -68,7 +70,7 @@ def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
             sizes=tuple(calls[conv].sizes),
             aliases=tuple(convs[conv][1:]),
             norm=norms.get(conv),
-            obstacle=_obstacle(conv, called=bool(calls[conv].sizes), tied_to=tied.get(conv)),
+            obstacle=_obstacle(conv, calls[conv], tied_to=tied.get(conv)),
         )
         for conv in order
     )
@@ -112,6 +114,7 @@ class _Calls:
     def __init__(self) -> None:
         self.first = float("inf")
         self.sizes: list[Size] = []
+        self.by_keyword = False
         self.norm: _BatchNorm | None = None
         self.fed_norm = 0
 
@@ -129,26 +132,34 @@ def _outside_operators(module: nn.Module, prefix: str = "") -> Iterator[tuple[st
 
 def _record_calls(model: nn.Module, convs: list[nn.Module], example: Tensor) -> dict[nn.Module, _Calls]:
     calls = {conv: _Calls() for conv in convs}
-    produced: dict[int, tuple[nn.Module, Tensor]] = {}  # the tensor is kept, so that its id stays its own
+    # The tensor is kept, so that its id stays its own; its version tells of changes in place.
+    produced: dict[int, tuple[nn.Module, Tensor, int]] = {}
     step = 0
 
-    def on_conv(conv: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def on_conv(
+        conv: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
+    ) -> None:
         nonlocal step
         step += 1
         record = calls[conv]
         record.first = min(record.first, step)
-        record.sizes.append(Size(height=inputs[0].shape[-2], width=inputs[0].shape[-1]))
-        produced[id(output)] = (conv, output)
+        record.by_keyword = record.by_keyword or not inputs
+        height, width = (*inputs, *named.values())[0].shape[-2:]
+        record.sizes.append(Size(height=height, width=width))
+        produced[id(output)] = (conv, output, output._version)  # noqa: SLF001  # its only name
 
     def on_norm(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
-        conv = produced[id(inputs[0])][0] if inputs and id(inputs[0]) in produced else None
-        if conv is not None and isinstance(norm, _BatchNorm):
+        found = produced.get(id(inputs[0])) if inputs else None
+        if found is None:
+            return
+        conv, output, version = found
+        if output._version == version and isinstance(norm, _BatchNorm):  # noqa: SLF001
             record = calls[conv]
             if record.norm in (None, norm):
                 record.norm = norm
                 record.fed_norm += 1
 
-    handles = [conv.register_forward_hook(on_conv) for conv in convs]
+    handles = [conv.register_forward_hook(on_conv, with_kwargs=True) for conv in convs]
     handles += [m.register_forward_pre_hook(on_norm) for m in model.modules() if isinstance(m, _BatchNorm)]
     _run(model, example, handles)
     return calls
@@ -157,8 +168,8 @@ def _record_calls(model: nn.Module, convs: list[nn.Module], example: Tensor) -> 
 def _sole_norms(model: nn.Module, calls: dict[nn.Module, _Calls], example: Tensor) -> dict[nn.Module, str]:
     """Return the BatchNorm that alone consumes a convolution's output, where there is one.
 
-    Doubling the output and halving it again before the BatchNorm changes no bit of the result exactly if
-    nothing else reads it.
+    Scaling the output by a power of two, and back again before the BatchNorm, changes no bit of the result
+    exactly if nothing else reads it.
     """
     names = {module: name for name, module in model.named_modules()}
     fed = [r.norm for r in calls.values() if r.norm is not None]
@@ -167,6 +178,8 @@ def _sole_norms(model: nn.Module, calls: dict[nn.Module, _Calls], example: Tenso
         for conv, record in calls.items()
         if record.norm is not None and record.fed_norm == len(record.sizes) and fed.count(record.norm) == 1
     }
+    if not candidates:
+        return {}
     wanted = _run(model, example, [])
 
     def unchanged(chosen: dict[nn.Module, _BatchNorm]) -> bool:
@@ -179,9 +192,13 @@ def _sole_norms(model: nn.Module, calls: dict[nn.Module, _Calls], example: Tenso
         ]
         return _same(_run(model, example, handles), wanted)
 
-    if not unchanged(candidates):
-        candidates = {conv: norm for conv, norm in candidates.items() if unchanged({conv: norm})}
-    return {conv: names[norm] for conv, norm in candidates.items()}
+    def sole(chosen: list[tuple[nn.Module, _BatchNorm]]) -> list[tuple[nn.Module, _BatchNorm]]:
+        if unchanged(dict(chosen)):
+            return chosen
+        middle = len(chosen) // 2
+        return sole(chosen[:middle]) + sole(chosen[middle:]) if middle else []
+
+    return {conv: names[norm] for conv, norm in sole(list(candidates.items()))}
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -189,18 +206,19 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return bool(torch.equal(a, b))
     if isinstance(a, dict):
-        return all(_same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return all(_same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
 
 
 def _run(model: nn.Module, example: Tensor, handles: list[Any]) -> Any:
     """Return the model's output in eval mode; the hooks are removed, modes and random state put back."""
-    with _as_it_was(model), torch.random.fork_rng(devices=[]):
+    devices = [example.device] if example.is_cuda else []
+    with _as_it_was(model), torch.random.fork_rng(devices=devices):
         try:
-            return model.eval()(example)
-        except (RuntimeError, ValueError, TypeError) as error:
+            return model.eval()(example.clone())  # a first layer in place must not change the next run
+        except Exception as error:
             shape = "x".join(str(n) for n in example.shape)
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SourceError(
@@ -223,34 +241,36 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _tied_weights(convs: Mapping[Any, list[str]]) -> dict[nn.Module, str]:
-    """Return, for convs that share a weight with another, the other's name."""
-    owners: dict[int, list[nn.Module]] = {}
-    for conv in convs:
-        weight = getattr(conv, "weight", None)
-        if isinstance(weight, Tensor):
-            owners.setdefault(id(weight), []).append(conv)
+def _tied_parameters(model: nn.Module, convs: list[nn.Module]) -> dict[nn.Module, str]:
+    """Return, for convs that share a parameter with another module, the other's name."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((name, module))
     return {
-        conv: convs[next(other for other in group if other is not conv)][0]
-        for group in owners.values()
-        if len(group) > 1
-        for conv in group
+        conv: name
+        for conv in convs
+        for parameter in conv.parameters(recurse=False)
+        for name, module in owners[id(parameter)]
+        if module is not conv
     }
 
 
-def _obstacle(conv: nn.Module, *, called: bool, tied_to: str | None) -> str | None:
+def _obstacle(conv: nn.Module, calls: _Calls, *, tied_to: str | None) -> str | None:
     """Return in words why nothing can replace the module; None if something may."""
     kind = type(conv).__name__
     if isinstance(conv, LowCostOp):
         return "converted already"
     if type(conv) is not nn.Conv2d:
         return f"a {kind}, which {ODD_SUBCLASSES.get(kind, 'computes something else than nn.Conv2d')}"
-    if not called:
+    if not calls.sizes:
         return "never called in a forward pass (its host may read its weights itself)"
     if tied_to is not None:
-        return f"shares its weight with {tied_to}"
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks:  # noqa: SLF001  # no public view
+        return f"shares a parameter with {tied_to}"
+    if any(vars(conv)[hooks] for hooks in HOOKS) or "forward" in vars(conv):
         return "carries hooks that a replacement would lose"
+    if calls.by_keyword:
+        return "called with its input as a keyword, which a replacement does not take"
     return None
 
 
@@ -262,8 +282,11 @@ def _match(operator: LowCostOp, conv: nn.Conv2d) -> None:
         operator.to(memory_format=torch.channels_last)
     operator.train(conv.training)
     operator.requires_grad_(weight.requires_grad)
+    bias = getattr(operator, "bias", None)
+    if bias is not None and conv.bias is not None:
+        bias.requires_grad_(conv.bias.requires_grad)
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:
     height, width = value
-    return height, width
+    return int(height), int(width)  # a host may have computed them with numpy

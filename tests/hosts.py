@@ -6,6 +6,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lcc.methods.linear_mix import LinearMix
+from lcc.plan import Group, Plan, make_plan, rules_for
+from lcc.surgery import find_sites, replace_
+
 
 def seeded(factory, *arguments, seed=0, **options):
     """Return a network with seeded weights and BatchNorms that do something, in float64 and eval mode."""
@@ -190,3 +194,56 @@ class Raises(nn.Module):
     def forward(self, x):
         self.conv(x)
         raise self.error
+
+
+# Options of 6-channel convolutions: strides, dilations, paddings, groups, even kernels.
+GEOMETRIES = [
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": (3, 5), "padding": (0, 2), "stride": (2, 1)},
+    {"kernel_size": 3, "padding": "same", "dilation": (1, 2)},
+    {"kernel_size": 4, "padding": 1},
+    {"kernel_size": (2, 5), "padding": (3, 1), "stride": (3, 2), "dilation": (2, 1)},
+    {"kernel_size": 5, "padding": "valid", "bias": False},
+    {"kernel_size": 3, "padding": [2, 1], "padding_mode": "reflect"},
+    {"kernel_size": (1, 7), "padding": (0, 3), "padding_mode": "circular"},
+    {"kernel_size": 3, "padding": 3, "padding_mode": "replicate", "groups": 2},
+    {"kernel_size": 1, "groups": 6},
+]
+
+
+def hooks_of(model):
+    kinds = [key for key in vars(nn.Module()) if "hooks" in key]
+    return [(name, key, list(vars(m)[key])) for name, m in model.named_modules() for key in kinds]
+
+
+def state_of(model):
+    """Return everything about a network that finding sites must leave alone."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        "modes": {name: m.training for name, m in model.named_modules()},
+        "tensors": {name: t.detach().clone() for name, t in tensors.items()},
+        "ids": {name: id(t) for name, t in tensors.items()},
+        "modules": {name: id(m) for name, m in model.named_modules(remove_duplicate=False)},
+        "strides": {name: t.stride() for name, t in tensors.items()},
+        "gradients": {name: t.requires_grad for name, t in tensors.items()},
+        "no gradient was made": all(t.grad is None for t in model.parameters()),
+        "hooks": hooks_of(model),
+        "attributes": {name: sorted(vars(m)) for name, m in model.named_modules()},
+    }
+
+
+def assert_same(before, after):
+    tensors = before.pop("tensors"), after.pop("tensors")
+    assert before == after
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+def converts(*names, method=None):
+    """Return a plan without asking anyone."""
+    return Plan(groups=(Group(method=method or LinearMix(), sites=names),))
+
+
+def convert_all_(model, x=None, method=None):
+    sites = find_sites(model, photos(1) if x is None else x)
+    return replace_(model, make_plan(sites, rules_for(method or LinearMix())))

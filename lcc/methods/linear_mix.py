@@ -227,7 +227,8 @@ class LinearMixOp(LowCostOp):
     @torch.no_grad()
     def weight_norms(self) -> Tensor:
         """Return the norm of each output channel's equivalent dense kernel, (C_out,)."""
-        return torch.linalg.vector_norm(self.dense_kernel(), dim=(1, 2, 3))
+        norms: Tensor = torch.linalg.vector_norm(self.dense_kernel(), dim=(1, 2, 3))
+        return norms
 
     def lower(self, size: Size) -> nn.Module:  # noqa: ARG002  # the same at every size
         """Return two plain convolutions and a sum; a cross becomes a square kernel with empty corners."""
