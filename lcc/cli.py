@@ -60,10 +60,12 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-TrustPickle = Annotated[bool, typer.Option(help="Load a pickle, which can run any code.")]
-TrustCode = Annotated[bool, typer.Option(help="Import the Python code that an lcc directory names.")]
-Force = Annotated[bool, typer.Option(help="Replace an lcc directory that is there.")]
-Debug = Annotated[bool, typer.Option(help="Show a traceback with an error.")]
+TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Load a pickle, which can run any code.")]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Import the Python code that an lcc directory names.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an lcc directory that is there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override an option, in TOML; repeatable."),
@@ -145,7 +147,7 @@ def convert(
         str | None, typer.Option(metavar="DATA", help="Fit on unlabelled images, such as imagefolder:DIR.")
     ] = None,
     images: Annotated[int, typer.Option(help="How many images to fit on.")] = 512,
-    dry_run: Annotated[bool, typer.Option(help="Show the plan and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     arch: Arch = None,
     weights: Weights = None,
     num_classes: NumClasses = None,
@@ -205,7 +207,7 @@ def finetune(
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
     val_split: Annotated[float | None, typer.Option(help="Share of train/ held out to evaluate on.")] = None,
     set_: Set = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes that load images.")] = None,
     arch: Arch = None,
     weights: Weights = None,
@@ -358,7 +360,7 @@ def export(
         Path | None,
         typer.Option("-o", "--out", help="The file to write; default: DIR.onnx."),
     ] = None,
-    half: Annotated[bool, typer.Option(help="Store and compute in float16.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Store and compute in float16.")] = False,
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 20,
     arch: Arch = None,
     weights: Weights = None,
@@ -392,7 +394,7 @@ def run(
     ] = None,
     set_: Set = None,
     latency: Annotated[bool, typer.Option(help="Measure latency at the end.")] = True,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     workers: Annotated[int | None, typer.Option(help="Processes that load images.")] = None,
     device: Device = "auto",
     threads: Threads = None,

@@ -1,0 +1,275 @@
+"""The command line as a user meets it: what it prints, what it exits with, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small_data import idx_data
+from typer.testing import CliRunner
+
+import lcc
+from lcc import recipe as recipes
+from lcc.cli import app, main
+from lcc.methods import METHODS
+
+ROOT = Path(__file__).parent.parent
+NET = "zoo:cifar_resnet20"
+SMALL = ("--include", "layer1.0.conv1", "--include", "layer3.2.*")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def lcc_run(monkeypatch, capsys):
+    """Run `lcc` in this process; give its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lcc", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def converted(lcc_run, tmp_path):
+    code, _, err = lcc_run("convert", NET, "--weights", "none", "-o", tmp_path / "small", *SMALL)
+    assert code == 0, err
+    return tmp_path / "small"
+
+
+def one_line(err):
+    lines = [line for line in err.splitlines() if not line.startswith("note:")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("lcc: ")
+    return lines[0]
+
+
+def test_help_is_fast_and_imports_neither_torch_nor_pydantic():
+    code = (
+        "import sys; sys.argv = ['lcc', '--help']\nfrom lcc.cli import main\ntry: main()\n"
+        "except SystemExit: pass\nassert not {'torch', 'pydantic', 'numpy'} & set(sys.modules)"
+    )
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+    assert "convert" in done.stdout
+    assert min(seconds) < 0.3
+
+
+def test_every_command_explains_itself():
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__
+        result = CliRunner().invoke(app, [name, "--help"])
+        assert result.exit_code == 0
+        assert command.callback.__doc__.split(".")[0] in " ".join(result.stdout.split())
+
+
+def test_version_and_changelog_agree(lcc_run):
+    assert lcc_run("--version")[1].strip() == f"lcc {lcc.__version__}"
+    assert re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == lcc.__version__
+
+
+def test_methods_lists_the_table(lcc_run):
+    code, out, _ = lcc_run("methods")
+    assert code == 0
+    assert all(name in out for name in METHODS)
+
+
+def test_inspect_states_the_share_and_the_ceiling_of_resnet18(lcc_run):
+    code, out, _ = lcc_run("inspect", "torchvision:resnet18", "--weights", "none")
+    assert code == 0
+    assert "RANDOM WEIGHTS" in out
+    assert "3,327,400 parameters, 3.51× fewer" in out
+    assert "3.70× fewer" in out
+    assert "channels change (3 to 64)" in out
+
+
+def test_inspect_gives_json_with_every_site(lcc_run):
+    code, out, _ = lcc_run("inspect", NET, "--weights", "none", "--json")
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert len(rows) == 19
+    assert sum(row["after"] is not None for row in rows) == 16
+
+
+def test_inspect_exits_with_0_where_nothing_can_be_converted(lcc_run):
+    code, out, _ = lcc_run("inspect", "torchvision:mobilenet_v2", "--weights", "none")
+    assert code == 0
+    assert "0 of 52 convolutions can be converted" in out
+
+
+def test_convert_exits_with_2_where_nothing_can_be_converted(lcc_run, tmp_path):
+    code, _, err = lcc_run("convert", "torchvision:mobilenet_v2", "--weights", "none", "-o", tmp_path / "out")
+    assert code == 2
+    assert "nothing to convert among 52 sites" in one_line(err)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(lcc_run, tmp_path):
+    code, out, _ = lcc_run("convert", NET, "--weights", "none", "--dry-run", "--exclude", "layer1.*")
+    assert code == 0
+    assert "10 of 19 convolutions" in out
+    assert "kept dense by a rule" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_convert_takes_hyperparameters(lcc_run):
+    code, out, _ = lcc_run(
+        "convert", NET, "--weights", "none", "--dry-run", "--method", "linear_mix:group_size=4,stencil=cross"
+    )
+    assert code == 0
+    assert "linear_mix(group_size=4, stencil=cross)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("convert", NET, "--weights", "none"), "-o DIR"),
+        (("inspect", NET), "--weights"),
+        (("inspect", "torchvision:resnet81", "--weights", "none"), "resnet18"),
+        (("inspect", "nowhere.pth"), "nowhere.pth"),
+        (("inspect", NET, "--weights", "none", "--method", "linear_mx"), "known: linear_mix"),
+        (("inspect", NET, "--weights", "none", "--method", "linear_mix:group=2"), "did you mean"),
+        (("inspect", NET, "--weights", "none", "--image-size", "big"), "--image-size big"),
+        (("convert", NET, "--weights", "none", "--dry-run", "--include", "layr1.*"), "'layr1.*'"),
+        (
+            ("convert", NET, "--weights", "none", "--dry-run", "--include", "conv1"),
+            "conv1 can't be converted",
+        ),
+        (("eval", NET, "--weights", "none", "--data", "imagefolder:nowhere"), "nowhere"),
+        (("finetune", NET, "--weights", "none", "--data", "idx:x"), "-o DIR"),
+        (("run", "nowhere.toml"), "nowhere.toml"),
+        (("bench", "nowhere.onnx"), "lcc export"),
+        (("report", "."), "not an lcc directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(lcc_run, monkeypatch, tmp_path, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = lcc_run(*arguments)
+    assert code == 2
+    assert said in one_line(err)
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_convert_writes_a_directory_that_loads(converted):
+    model = lcc.load(converted)
+    assert type(model.layer1[0].conv1).__name__ == "LinearMixOp"
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_save_writes_a_trained_model_back(converted):
+    model = lcc.load(converted)
+    with torch.no_grad():
+        model.linear.bias += 1
+    lcc.save(model, converted)
+    assert torch.equal(lcc.load(converted).linear.bias, model.linear.bias)
+
+
+def test_convert_does_not_replace_a_directory_unless_forced(lcc_run, converted):
+    again = ("convert", NET, "--weights", "none", "-o", converted, *SMALL)
+    code, _, err = lcc_run(*again)
+    assert code == 2
+    assert "--force" in one_line(err)
+    assert lcc_run(*again, "--force")[0] == 0
+
+
+def test_a_converted_network_can_be_converted_further(lcc_run, converted, tmp_path):
+    code, _, err = lcc_run("convert", converted, "-o", tmp_path / "more", "--include", "layer2.*")
+    assert code == 0, err
+    plan = json.loads((tmp_path / "more" / "manifest.json").read_text())["plan"]
+    sites = [site for group in plan["groups"] for site in group["sites"]]
+    assert len(sites) == len(set(sites)) == 3 + 5
+    assert not set(sites) & {kept["site"] for kept in plan["kept"]}
+    lcc.load(tmp_path / "more")
+
+
+@pytest.mark.parametrize("form", ["json", "csv", "md"])
+def test_report_gives_the_same_counts_in_every_form(lcc_run, converted, form):
+    code, out, _ = lcc_run("report", converted, "--no-latency", f"--{form}")
+    assert code == 0
+    params = sum(p.numel() for p in lcc.load(converted).parameters())
+    assert str(params) in out.replace(",", "" if form != "csv" else ",")
+
+
+def test_an_unwritable_target_is_refused_before_the_work(lcc_run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, _, err = lcc_run("convert", NET, "--weights", "none", "-o", tmp_path / "file" / "dir", *SMALL)
+    assert code == 2
+    one_line(err)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_distilling_needs_the_original_or_says_so(lcc_run, converted, tmp_path):
+    data = idx_data(tmp_path / "data", classes=10)
+    code, _, err = lcc_run("finetune", converted, "--data", data)
+    assert code == 2
+    assert "--teacher" in one_line(err)
+
+
+def test_finetune_report_and_export_follow_convert(lcc_run, converted, tmp_path):
+    data = idx_data(tmp_path / "data", classes=10)
+    options = ("--epochs", 1, "--batch-size", 8, "--set", "lr=0.01", "--set", "distill=0", "--device", "cpu")
+    code, out, err = lcc_run("finetune", converted, "--data", data, *options)
+    assert code == 0, err
+    assert "top-1" in out
+    assert not (tmp_path / "small.checkpoints").exists()
+    event = json.loads((converted / "manifest.json").read_text())["history"][-1]
+    assert event["command"].startswith("lcc finetune")
+    code, out, err = lcc_run("export", converted)
+    assert code == 0, err
+    assert (tmp_path / "small.onnx").is_file()
+    assert "checked in ONNX Runtime at batch 1 and 3" in out
+
+
+def test_readme_lists_every_method_and_its_hyperparameters():
+    rows = re.findall(r"^\| (\w+) \| ([\w, ]+) \| ", (ROOT / "README.md").read_text(), re.M)
+    table = {name: set(fields.split(", ")) for name, fields in rows if name != "method"}
+    assert table == {name: set(kind.model_fields) - {"name"} for name, kind in METHODS.items()}
+
+
+def test_readme_lists_every_recipe():
+    listed = re.findall(r"^\| (recipes/\S+\.toml) \|", (ROOT / "README.md").read_text(), re.M)
+    assert sorted(listed) == sorted(f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_is_valid(path):
+    assert recipes.load(path).finetune is not None
+
+
+def test_the_commands_of_the_readme_parse():
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^lcc (\w+) (.*)$", text, re.M)
+    assert len(commands) >= 5
+    for name, arguments in commands:
+        help_text = CliRunner().invoke(app, [name, "--help"]).stdout
+        for option in re.findall(r"(?<!\S)(--?[a-z-]+)", arguments):
+            assert re.search(rf"(?<!\S){option}\b", help_text), f"{name} has no {option}"
+
+
+def test_the_gate_runs_the_test_command_of_the_readme():
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    test_command = blocks[1].splitlines()[-1].removeprefix(".venv-dev/bin/")
+    assert test_command == "python -m pytest"
+    assert test_command in (ROOT / ".ci" / "run").read_text().splitlines()
