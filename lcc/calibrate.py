@@ -10,12 +10,12 @@ inputs that it will really see, in call order, without tracing a graph.
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lcc.methods import Fit, LowCostOp
@@ -35,7 +35,8 @@ MEMORY_SHARE = 0.7
 class Calibration(NamedTuple):
     """The fit of every site; `chunks` > 1: the images did not fit in memory at once.
 
-    In chunks a site's inputs come from the original network instead of the converted prefix.
+    In chunks a site's inputs come from the original network instead of the converted prefix, and BatchNorm
+    statistics are averages over the chunks. A site that the images never reach keeps its projection.
     """
 
     fits: dict[str, Fit]
@@ -60,7 +61,7 @@ def calibrate_(
     The model is left in eval mode. `on_site` is called with each new fit.
     """
     model.eval()
-    project_(model, originals)
+    projected = project_(model, originals)
     norms = {site.name: site.norm for site in sites}
     streams = [
         _Stream(_operator(model, name), conv, name, norm=norms.get(name), on_site=on_site)
@@ -73,7 +74,7 @@ def calibrate_(
         else:
             _in_chunks(model, streams, images, chunk)
     return Calibration(
-        fits={stream.name: stream.fit for stream in streams if stream.fit is not None},
+        fits={stream.name: stream.fit or projected[stream.name] for stream in streams},
         chunks=-(-len(images) // chunk),
     )
 
@@ -95,6 +96,7 @@ class _Stream:
         self.start = {key: value.clone() for key, value in operator.state_dict().items()}
         self.start_norms = operator.weight_norms()
         self.statistics: Statistics = operator.statistics(free_means=self.has_norm)
+        self.was_called = False
         self.fit: Fit | None = None
         self.on_site = on_site
 
@@ -102,6 +104,7 @@ class _Stream:
         """Run the original and remember what it did."""
         y: Tensor = self.original(x)
         self.statistics.add(x, y)
+        self.was_called = True
         return y
 
     def both(self, x: Tensor) -> Tensor:
@@ -110,6 +113,12 @@ class _Stream:
         wanted: Tensor = self.original(original_half)
         self.statistics.add(converted_half, wanted)
         self.solve()
+        return torch.cat([wanted, type(self.operator).forward(self.operator, converted_half)])
+
+    def fitted(self, x: Tensor) -> Tensor:
+        """Run [original; converted] with the operator as it is."""
+        original_half, converted_half = x.chunk(2)
+        wanted: Tensor = self.original(original_half)
         return torch.cat([wanted, type(self.operator).forward(self.operator, converted_half)])
 
     def solve(self) -> None:
@@ -128,12 +137,7 @@ class _Stream:
 
 
 def _in_one_batch(model: nn.Module, streams: list[_Stream], images: Tensor) -> None:
-    with ExitStack() as stack:
-        for stream in streams:
-            stack.enter_context(_forward_as(stream.operator, stream.both))
-        for norm in _norms(model):
-            stack.enter_context(_forward_as(norm, _TwoStreamNorm(norm)))
-        model(torch.cat([images, images]).to(_device(model)))
+    _run_two_streams(model, {stream.operator: stream.both for stream in streams}, (images,))
 
 
 def _in_chunks(model: nn.Module, streams: list[_Stream], images: Tensor, chunk: int) -> None:
@@ -143,70 +147,83 @@ def _in_chunks(model: nn.Module, streams: list[_Stream], images: Tensor, chunk: 
         for part in images.split(chunk):
             model(part.to(_device(model)))
     for stream in streams:
-        stream.solve()
-    reestimate_norms_(model, images, chunk)
+        if stream.was_called:
+            stream.solve()
+    _run_two_streams(model, {stream.operator: stream.fitted for stream in streams}, images.split(chunk))
+
+
+def _run_two_streams(
+    model: nn.Module, forwards: dict[LowCostOp, Callable[[Tensor], Tensor]], parts: tuple[Tensor, ...]
+) -> None:
+    """Send every part through as [original; converted]; set the BatchNorms for which the halves differ."""
+    with ExitStack() as stack:
+        for operator, forward in forwards.items():
+            stack.enter_context(_forward_as(operator, forward))
+        for norm in [module for module in model.modules() if isinstance(module, _BatchNorm)]:
+            running = norm.running_mean is not None
+            stack.enter_context(
+                _forward_as(norm, _TwoStreamNorm(norm) if running else partial(_each_half, norm))
+            )
+        for part in parts:
+            model(torch.cat([part, part]).to(_device(model)))
 
 
 class _TwoStreamNorm:
-    """A BatchNorm that keeps its statistics for the first half and takes on those of the second."""
+    """A BatchNorm that keeps its statistics for the first half and takes on those of the second.
+
+    Statistics of several calls are averaged, each call weighted by its images. Both halves go through the
+    module's own forward: a subclass may do more than normalise (timm's has the activation in it).
+    """
 
     def __init__(self, norm: _BatchNorm) -> None:
-        self.norm = norm
-        self.seen: list[tuple[Tensor, Tensor]] = []
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        self.mean, self.var = norm.running_mean.clone(), norm.running_var.clone()
+        self.norm, self.running = norm, (norm.running_mean, norm.running_var)
+        self.original = self.converted = tuple(tensor.clone() for tensor in self.running)
+        self.count = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return both halves normalised, the second one by its own statistics if it differs."""
         original_half, converted_half = x.chunk(2)
-        wanted = self._normalise(original_half, self.mean, self.var)
+        wanted = self._forward(original_half, self.original)
         if torch.equal(original_half, converted_half):
+            self._set(self.converted)
             return torch.cat([wanted, wanted])
+        self._take_in(converted_half)
+        return torch.cat([wanted, self._forward(converted_half, self.converted)])
+
+    def _take_in(self, x: Tensor) -> None:
         dims = [d for d in range(x.ndim) if d != 1]
-        self.seen.append((converted_half.mean(dims), converted_half.var(dims)))
-        mean = torch.stack([mean for mean, _ in self.seen]).mean(0)
-        var = torch.stack([var for _, var in self.seen]).mean(0)
-        assert self.norm.running_mean is not None
-        assert self.norm.running_var is not None
-        self.norm.running_mean.copy_(mean)
-        self.norm.running_var.copy_(var)
-        return torch.cat([wanted, self._normalise(converted_half, mean, var)])
+        values = x.numel() // x.shape[1]
+        seen = (x.mean(dims), x.var(dims, correction=min(1, values - 1)))
+        self.count += len(x)
+        share = len(x) / self.count
+        self.converted = tuple(a.lerp(b.to(a), share) for a, b in zip(self.converted, seen, strict=True))
 
-    def _normalise(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        return F.batch_norm(x, mean, var, self.norm.weight, self.norm.bias, training=False, eps=self.norm.eps)
+    def _forward(self, x: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:
+        self._set(statistics)
+        return type(self.norm).forward(self.norm, x)
 
-
-@torch.no_grad()
-def reestimate_norms_(model: nn.Module, images: Tensor, chunk: int) -> None:
-    """Set the running statistics of every BatchNorm that the images show to differ, by one pass in chunks."""
-    norms = _norms(model)
-    modes = {norm: (norm.training, norm.momentum) for norm in norms}
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-        norm.momentum = None  # cumulative average
-    try:
-        for part in images.split(chunk):
-            model(part.to(_device(model)))
-    finally:
-        for norm, (training, momentum) in modes.items():
-            norm.training, norm.momentum = training, momentum
+    def _set(self, statistics: tuple[Tensor, ...]) -> None:
+        for tensor, value in zip(self.running, statistics, strict=True):
+            tensor.copy_(value)
 
 
-def _norms(model: nn.Module) -> list[_BatchNorm]:
-    """Return the BatchNorms that keep running statistics."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+def _each_half(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """Run a BatchNorm without running statistics, whose result depends on all it is given at once."""
+    return torch.cat([type(norm).forward(norm, half) for half in x.chunk(2)])
 
 
 @contextmanager
 def _forward_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Let the module compute `forward` for a while."""
+    replaced = {key: value for key, value in vars(module).items() if key == "forward"}
     vars(module)["forward"] = forward
     try:
         yield
     finally:
         del vars(module)["forward"]
+        vars(module).update(replaced)
 
 
 def _images_at_once(model: nn.Module, images: Tensor) -> int:
