@@ -5,6 +5,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from pydantic import Field
+
 from lcc.errors import NothingToConvertError, RecipeError
 from lcc.methods import AnyMethod, Method
 from lcc.specs import ConvSpec, Cost, Frozen, Size
@@ -59,7 +61,7 @@ class Site(Frozen):
 class Rule(Frozen):
     """Globs over site names, and the method that takes what they match; no method keeps it dense."""
 
-    match: tuple[str, ...]
+    match: tuple[str, ...] = Field(min_length=1)
     method: AnyMethod | None = None
 
     def matches(self, site: Site) -> bool:
@@ -110,6 +112,8 @@ def make_plan(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> Plan:
     Raises: RecipeError: a pattern matches no site, or names a site that its method can't take.
     NothingToConvertError: no site is converted.
     """
+    if not sites:
+        raise NothingToConvertError("nothing to convert: the network has no nn.Conv2d")
     _refuse_idle_patterns(sites, rules)
     taken: dict[Method, list[str]] = {}
     kept: list[Kept] = []
@@ -150,7 +154,5 @@ def _nothing(kept: list[Kept]) -> str:
     for entry in kept:
         counts[entry.reason] = counts.get(entry.reason, 0) + 1
     reasons = sorted(counts.items(), key=lambda item: -item[1])
-    listed = (
-        "; ".join(f"{count} x {reason}" for reason, count in reasons[:3]) or "the network has no convolution"
-    )
+    listed = "; ".join(f"{count} x {reason}" for reason, count in reasons[:3])
     return f"nothing to convert among {len(kept)} sites: {listed}; `lcc inspect` lists them all"
