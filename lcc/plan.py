@@ -5,8 +5,6 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from pydantic import Field
-
 from lcc.errors import NothingToConvertError, RecipeError
 from lcc.methods import AnyMethod, Method
 from lcc.specs import ConvSpec, Cost, Frozen, Size
@@ -61,7 +59,7 @@ class Site(Frozen):
 class Rule(Frozen):
     """Globs over site names, and the method that takes what they match; no method keeps it dense."""
 
-    match: tuple[str, ...] = Field(min_length=1)
+    match: tuple[str, ...]
     method: AnyMethod | None = None
 
     def matches(self, site: Site) -> bool:

@@ -169,11 +169,6 @@ def test_a_pattern_whose_sites_an_earlier_rule_took_is_not_idle():
     assert len(make_plan(SITES, rules).methods()) == 3
 
 
-def test_a_rule_without_patterns_is_refused():
-    with pytest.raises(ValidationError, match="at least 1 item"):
-        Rule(match=())
-
-
 # Names that are spelled out
 
 
