@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 Stencil = Literal["square", "cross", "horizontal", "vertical"]
 
 HELD_OUT_EVERY = 5  # every fifth image judges the ridge and gives the reported error
-MAX_SAMPLES = 65_536  # positions per call: over 100 for each unknown at 512 channels
+MIN_SAMPLES = 16_384  # positions looked at in each call, where there are as many
+SAMPLES_PER_UNKNOWN = 128
 CHUNK = 8_192
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
 
@@ -356,13 +357,14 @@ class LinearMixStatistics:
         self.train = ArrowGram(op.in_channels, private, per_group_out, device)
         self.held_out = ArrowGram(op.in_channels, private, per_group_out, device)
         self.images = 0
+        self.samples = max(MIN_SAMPLES, SAMPLES_PER_UNKNOWN * (op.in_channels + private[1]))
 
     @torch.no_grad()
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Take in (N, C_in, H, W) inputs and the (N, C_out, H', W') outputs wanted for them."""
         count, _, height, width = outputs.shape
         generator = torch.Generator().manual_seed(self.images)
-        per_image = min(height * width, max(1, MAX_SAMPLES // count))
+        per_image = min(height * width, -(-self.samples // count))
         # The same number of positions in every image, without repetition inside one.
         scores = torch.rand(count, height * width, generator=generator)
         positions = scores.topk(per_image, dim=1).indices.flatten().to(inputs.device)
