@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -58,7 +58,7 @@ Std = Annotated[
 CropPct = Annotated[float | None, typer.Option(help="Share of the image kept at evaluation.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Load a pickle, which can run any code.")]
 TrustCode = Annotated[
@@ -74,10 +74,11 @@ MethodOption = Annotated[
     str,
     typer.Option("--method", help="A method, with hyperparameters after a colon: linear_mix:group_size=8."),
 ]
-Rounds = Annotated[int, typer.Option(help="Interleaved timing rounds.")]
-Batch = Annotated[int, typer.Option(help="Images per run when timing.")]
-BenchThreads = Annotated[int, typer.Option("--bench-threads", help="CPU threads when timing.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Interleaved timing rounds.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images per run when timing.")]
+BenchThreads = Annotated[int, typer.Option("--bench-threads", min=1, help="CPU threads when timing.")]
 Form = Literal["table", "json", "csv", "md"]
+Options = TypeVar("Options", bound="Frozen")
 
 
 @app.callback(invoke_without_command=True)
@@ -146,7 +147,7 @@ def convert(
     calibrate: Annotated[
         str | None, typer.Option(metavar="DATA", help="Fit on unlabelled images, such as imagefolder:DIR.")
     ] = None,
-    images: Annotated[int, typer.Option(help="How many images to fit on.")] = 512,
+    images: Annotated[int, typer.Option(min=1, help="How many images to fit on.")] = 512,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     arch: Arch = None,
     weights: Weights = None,
@@ -183,7 +184,8 @@ def convert(
         return
     if out is None:
         raise RecipeError("say where to put the result: -o DIR (or --dry-run to write nothing)")
-    calibration = None if calibrate is None else Calibrate(data=calibrate, images=images, seed=seed)
+    fit_on = {"data": calibrate, "images": images, "seed": seed}
+    calibration = None if calibrate is None else _checked(Calibrate, **fit_on)
     _print_report(
         pipeline.convert(part, out, rules, settings, calibration=calibration), _form(as_json=as_json)
     )
@@ -260,7 +262,7 @@ def evaluate(
     data: Annotated[
         str, typer.Option(help="imagefolder:DIR, idx:DIR, cifar10:DIR, or a timm reader's name.")
     ],
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 256,
     arch: Arch = None,
     weights: Weights = None,
     num_classes: NumClasses = None,
@@ -467,13 +469,27 @@ def _part(
 ) -> ModelPart:
     from lcc.recipe import ModelPart
 
-    return ModelPart(
+    return _checked(
+        ModelPart,
         source=source,
         image_size=None if image_size is None else _size(image_size),
         mean=_numbers("--mean", mean),
         std=_numbers("--std", std),
         **given,
     )
+
+
+def _checked(kind: type[Options], **given: Any) -> Options:
+    """Return options as the value they make. Raises: RecipeError: names the option that is out of bounds."""
+    from pydantic import ValidationError
+
+    from lcc.recipe import in_words
+
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        place, _, what = in_words(error, kind).partition(": ")
+        raise RecipeError(f"--{place.partition('.')[0].replace('_', '-')}: {what}") from error
 
 
 def _teacher(teacher: str, student: ModelPart) -> ModelPart:

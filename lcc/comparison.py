@@ -45,14 +45,21 @@ def known_accuracy(network: Network) -> tuple[Accuracy | None, str | None]:
             found = Accuracy(
                 top1=metrics["top1"], top5=metrics.get("top5"), images=int(metrics.get("images", 0))
             )
-            return found, event.details.get("data")
+            return found, on_data(event.details.get("data", ""), event.details.get("evaluated_on", ""))
         if event.changed_weights:
             break
     return None, None
 
 
+def on_data(text: str, part: str) -> str:
+    """Return in words what an accuracy was measured on."""
+    return f"{text}, {part}" if part else text
+
+
 def bench(targets: tuple[str, ...], settings: Settings, options: BenchOptions) -> tuple[Bench, ...]:
     """Time lcc directories, sources and ONNX files against each other, the first being the baseline."""
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise RecipeError(f"--device {settings.device}: latency is measured on cpu or cuda")
     files = {target: Path(target) for target in targets if target.endswith(".onnx")}
     networks = {target: settings.open(ModelPart(source=target)) for target in targets if target not in files}
     for target, path in files.items():
@@ -87,22 +94,20 @@ def timed_report(
     if options is None:
         return plain_report(rows)
     conditions: list[Conditions] = []
-    named = {row.name: network for row, network in zip(rows, networks, strict=True)}
+    keyed = {str(number): network for number, network in enumerate(networks)}  # two may have one name
     updates: list[dict[str, object]] = [{} for _ in rows]
     if options.torch:
-        bench = _bench_torch(named, options, settings)
+        bench = _bench_torch(keyed, options, settings)
         conditions.append(bench.conditions)
-        for update, row in zip(updates, rows, strict=True):
-            update |= {"torch": bench.latencies[row.name], "torch_speedup": bench.speedups.get(row.name)}
+        for update, key in zip(updates, keyed, strict=True):
+            update |= {"torch": bench.latencies[key], "torch_speedup": bench.speedups.get(key)}
     if options.onnx:
         with tempfile.TemporaryDirectory() as folder:
-            files = {
-                name: _exported(n, Path(folder) / f"{i}.onnx") for i, (name, n) in enumerate(named.items())
-            }
+            files = {key: _exported(n, Path(folder) / f"{key}.onnx") for key, n in keyed.items()}
             bench = _bench_onnx(files, options, settings)
         conditions.append(bench.conditions)
-        for update, row in zip(updates, rows, strict=True):
-            update |= {"onnx": bench.latencies[row.name], "onnx_speedup": bench.speedups.get(row.name)}
+        for update, key in zip(updates, keyed, strict=True):
+            update |= {"onnx": bench.latencies[key], "onnx_speedup": bench.speedups.get(key)}
     if options.layers:
         for update, row, network in zip(updates, rows, networks, strict=True):
             if row.layers:

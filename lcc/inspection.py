@@ -56,10 +56,14 @@ def inspection(
     sites: tuple[Site, ...],
     method: Method,
     plan: Plan | None = None,
+    done: Mapping[str, Method] | None = None,
     uncounted: tuple[str, ...] = (),
 ) -> Inspection:
-    """Return what `method` could do for each site; with `plan`, what it decides instead."""
-    rows = tuple(_row(site, method, plan) for site in sites)
+    """Return what `method` could do for each site; with `plan`, what it decides instead.
+
+    `done` says what made the operators that the network has already, by site.
+    """
+    rows = tuple(_row(site, method, plan, done or {}) for site in sites)
     saved = [(row.before, row.after) for row in rows if row.after is not None]
     after = Cost(
         params=total.params - sum(b.params - a.params for b, a in saved),
@@ -141,7 +145,7 @@ def _bench_cells(name: str, latency: Latency, speedup: Speedup | None) -> tuple[
     )
 
 
-def _row(site: Site, method: Method, plan: Plan | None) -> SiteRow:
+def _row(site: Site, method: Method, plan: Plan | None, done: Mapping[str, Method]) -> SiteRow:
     if plan is None:
         chosen, reason = (None, why) if (why := site.why_not(method)) else (method, None)
     else:
@@ -150,7 +154,7 @@ def _row(site: Site, method: Method, plan: Plan | None) -> SiteRow:
     after = None if chosen is None else site.cost_with(chosen)
     return SiteRow(
         site=site,
-        before=site.cost(),
+        before=site.cost_with(done[site.name]) if site.name in done and site.sizes else site.cost(),
         after=after,
         reason=reason,
         method=None if chosen is None else str(chosen),

@@ -65,7 +65,7 @@ class Network:
         return ModelRow(
             name=self.name,
             source=self.loaded.source.id,
-            random_weights=self.loaded.source.is_random and not self.history_trained,
+            random_weights=self.is_random,
             params=count_params(model),
             macs=count.macs,
             flops=count.flops,
@@ -80,11 +80,15 @@ class Network:
         )
 
     @property
-    def history_trained(self) -> bool:
-        """Whether its weights were trained by lcc, random as they may have been at first."""
-        return any(
-            event.changed_weights and not event.command.startswith("lcc convert") for event in self.history
-        )
+    def is_random(self) -> bool:
+        """Whether its weights were never trained, at the source or since: accuracy means nothing."""
+        return self.loaded.source.is_random and not any(map(_trains, self.history))
+
+    @property
+    def was_trained_first(self) -> bool:
+        """Whether it was trained before it was converted: its source's weights are not its original's."""
+        changes = [event for event in self.history if event.changed_weights]
+        return bool(changes) and _trains(changes[0])
 
 
 def open_network(
@@ -130,6 +134,11 @@ def layer_rows(sites: tuple[Site, ...], plan: Plan, fits: dict[str, Fit]) -> tup
         for site in sites
         if site.name in methods
     )
+
+
+def _trains(event: Event) -> bool:
+    """Whether an event trained the weights; converting changes them too, but evaluates nothing."""
+    return event.changed_weights and ("evaluated_on" in event.details or event.command == "lcc.save")
 
 
 def _open_directory(part: ModelPart, path: Path, *, trust_code: bool, name: str | None) -> Network:

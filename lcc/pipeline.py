@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lcc import artifact, data
 from lcc import recipe as recipes
 from lcc.batches import eval_batches
-from lcc.comparison import BenchOptions, known_accuracy, plain_report, timed_report
+from lcc.comparison import BenchOptions, known_accuracy, on_data, plain_report, timed_report
 from lcc.conversion import convert_network
 from lcc.directory import WEIGHTS
 from lcc.errors import RecipeError
@@ -28,10 +28,12 @@ from lcc.tables import report_sheets, to_markdown
 from lcc.tuning import original_teacher, train_network
 
 if TYPE_CHECKING:
+    from lcc.data import Split
     from lcc.methods import Method
     from lcc.report import ModelRow, Report
 
 DEMO = Path(__file__).parent / "demo"
+EVAL_BATCH = 256
 
 
 def inspect(part: ModelPart, method: Method, settings: Settings) -> Inspection:
@@ -61,10 +63,9 @@ def convert(
     Raises: NothingToConvertError: no site; RecipeError: an idle rule; ArtifactError: the target.
     """
     artifact.check_target(directory, force=settings.force)
-    original = settings.open(part, name="original")
+    original = _open_first(part, settings)
     sites, converted = convert_network(original, rules, calibration, settings)
-    _save(converted, directory, settings)
-    converted = converted.but(name=directory.name)
+    converted = _saved(converted, directory, settings).but(name=directory.name)
     return plain_report((original.row(), converted.row(sites=sites)))
 
 
@@ -95,9 +96,10 @@ def finetune(
     trained, result = train_network(
         network, options, master, directory, settings, resume=resume, workers=workers
     )
-    _save(trained, directory, settings)
+    trained = _saved(trained, directory, settings)
     shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
-    row = trained.but(name=directory.name).row(accuracy=result.accuracy, data=options.data)
+    measured_on = on_data(options.data, result.evaluated_on)
+    row = trained.but(name=directory.name).row(accuracy=result.accuracy, data=measured_on)
     return plain_report((before.row(), row) if before is not None else (row,))
 
 
@@ -112,9 +114,10 @@ def teacher_part(teacher: str, student: ModelPart) -> ModelPart:
     return ModelPart(source=teacher, arch=student.arch or student.source, num_classes=student.num_classes)
 
 
-def evaluate(part: ModelPart, text: str, settings: Settings, *, batch_size: int = 256) -> Accuracy:
+def evaluate(part: ModelPart, text: str, settings: Settings, *, batch_size: int = EVAL_BATCH) -> Accuracy:
     """Return the accuracy of a network on val/, else test/, of a data set."""
-    return _accuracy(settings.open(part), text, settings, batch_size=batch_size)
+    network = settings.open(part)
+    return _accuracy(network, data.open_eval(text), settings, batch_size=batch_size)
 
 
 def export(
@@ -137,19 +140,19 @@ def report(
     `text`: a data set to measure accuracy on; without it, what their histories say. `options` None: no
     latencies.
     """
-    networks = [settings.open(part) for part in parts]
-    if networks[0].plan.groups and all(network.plan.groups for network in networks):
-        networks.insert(0, original_of(networks[0], trust_code=settings.trust_code))
+    networks = _told_apart([(settings.open(part), part.source) for part in parts])
+    split = None if text is None else data.open_eval(text)
     rows = []
     for network in networks:
-        is_original = network.name == "original"
-        accuracy, source = None, None
-        if text is not None and not is_original:
-            accuracy, source = _accuracy(network, text, settings), text
-        elif not is_original:
-            accuracy, source = known_accuracy(network)
+        if split is None:
+            accuracy, measured_on = known_accuracy(network)
+        else:
+            accuracy, measured_on = _accuracy(network, split, settings), on_data(split.text, split.name)
         sites = sites_of(original_of(network, trust_code=settings.trust_code)) if network.plan.groups else ()
-        rows.append(network.row(accuracy=accuracy, data=source, sites=sites))
+        rows.append(network.row(accuracy=accuracy, data=measured_on, sites=sites))
+    if all(network.plan.groups for network in networks):
+        networks.insert(0, original_of(networks[0], trust_code=settings.trust_code))
+        rows.insert(0, networks[0].row())
     return timed_report(tuple(rows), tuple(networks), options, settings)
 
 
@@ -169,25 +172,26 @@ def run(
     """
     artifact.check_target(directory, force=settings.force)
     stages = _Stages(recipe, settings)
-    original = settings.open(recipe.model, name="original")
-    stages.add(original, guess=original.loaded.source.is_random)
+    original = _open_first(recipe.model, settings)
+    stages.add(original)
     network = original
     sites: tuple[Site, ...] = ()
     if recipe.convert:
         sites, network = convert_network(original, recipe.convert, recipe.calibrate, settings)
         network = network.but(name="converted")
-        stages.add(network, sites, guess=original.loaded.source.is_random)
+        stages.add(network, sites)
     if recipe.finetune is not None:
         teacher = _recipe_teacher(recipe, original, settings)
         network, result = train_network(
             network, recipe.finetune, teacher, directory, settings, resume=resume, workers=workers
         )
         network = network.but(name="fine-tuned")
-    _save(network, directory, settings, recipe=text)
-    shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
+    network = _saved(network, directory, settings, recipe=text)
     if recipe.finetune is not None:
-        network = network.but(size_bytes=(directory / WEIGHTS).stat().st_size)
-        stages.add(network, sites, accuracy=result.accuracy)
+        shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
+        stages.add(network, sites, accuracy=None if recipe.eval else result.accuracy)
+    else:
+        stages.rows[-1] = stages.rows[-1].model_copy(update={"size_bytes": network.size_bytes})
     notes: tuple[str, ...] = ()
     if recipe.export is not None:
         target, half, opset = onnx_beside(directory), recipe.export.half, recipe.export.opset
@@ -200,26 +204,24 @@ class _Stages:
     """The networks of a run, each with its line of the report; only the last one keeps its layers."""
 
     def __init__(self, recipe: Recipe, settings: Settings) -> None:
-        part = recipe.eval or recipe.finetune
-        self.data = None if part is None else part.data
+        self.split = _evaluated_on(recipe)
+        self.batch_size = EVAL_BATCH if recipe.eval is None else recipe.eval.batch_size
         self.settings = settings
         self.networks: list[Network] = []
         self.rows: list[ModelRow] = []
 
     def add(
-        self,
-        network: Network,
-        sites: tuple[Site, ...] = (),
-        *,
-        guess: bool = False,
-        accuracy: Accuracy | None = None,
+        self, network: Network, sites: tuple[Site, ...] = (), *, accuracy: Accuracy | None = None
     ) -> None:
-        """Take in a network; `guess`: its weights are random, so its accuracy need not be measured."""
-        if accuracy is None and self.data is not None and not guess:
-            accuracy = _accuracy(network, self.data, self.settings)
+        """Take in a network, and measure its accuracy where that is not given and weights are not random."""
+        if accuracy is None and self.split is not None and not network.is_random:
+            accuracy = _accuracy(network, self.split, self.settings, batch_size=self.batch_size)
             self.settings.say(f"{network.name}: {accuracy}")
         self.rows = [row.model_copy(update={"layers": ()}) for row in self.rows]
-        self.rows.append(network.row(accuracy=accuracy, data=self.data if accuracy else None, sites=sites))
+        measured_on = None
+        if self.split is not None and accuracy is not None:
+            measured_on = on_data(self.split.text, self.split.name)
+        self.rows.append(network.row(accuracy=accuracy, data=measured_on, sites=sites))
         self.networks.append(network)
 
 
@@ -227,7 +229,15 @@ def _recipe_teacher(recipe: Recipe, original: Network, settings: Settings) -> Ne
     """Return what a recipe distils from: what it names, else what it converts, unless that is untrained."""
     if recipe.teacher is not None:
         return settings.open(recipe.teacher, name="teacher")
-    return original if recipe.convert and not original.loaded.source.is_random else None
+    return original if recipe.convert and not original.is_random else None
+
+
+def _evaluated_on(recipe: Recipe) -> Split | None:
+    """Return the images on which every stage of a recipe is measured: the same for all."""
+    if recipe.eval is not None:
+        return data.open_eval(recipe.eval.data)
+    tune = recipe.finetune
+    return None if tune is None else data.open_eval(tune.data, val_split=tune.val_split, seed=tune.seed)
 
 
 def demo(directory: Path, settings: Settings) -> Report:
@@ -241,7 +251,7 @@ def demo(directory: Path, settings: Settings) -> Report:
         ),
     )
     target = directory / "model"
-    directory.mkdir(parents=True, exist_ok=True)
+    artifact.check_target(target, force=True)
     shutil.rmtree(checkpoints_of(target), ignore_errors=True)
     text = recipe_file.read_text(encoding="utf-8")
     result = run(recipe, text, target, settings, options=BenchOptions())
@@ -276,17 +286,34 @@ def _inspection(
         sites=sites,
         method=method,
         plan=decided,
+        done=network.plan.methods(),
         uncounted=row.uncounted,
     )
 
 
-def _accuracy(network: Network, text: str, settings: Settings, *, batch_size: int = 256) -> Accuracy:
-    split = data.open_eval(text)
+def _open_first(part: ModelPart, settings: Settings) -> Network:
+    """Return what a conversion starts from, by the name it has in reports."""
+    network = settings.open(part, name="original")
+    return network.but(name="before") if network.plan.groups else network
+
+
+def _told_apart(named: list[tuple[Network, str]]) -> list[Network]:
+    """Return the networks, by their whole sources where names alone don't tell them apart."""
+    names = ["original", *(network.name for network, _ in named)]
+    return [
+        network.but(name=source) if names.count(network.name) > 1 else network for network, source in named
+    ]
+
+
+def _accuracy(
+    network: Network, split: Split, settings: Settings, *, batch_size: int = EVAL_BATCH
+) -> Accuracy:
     batches = eval_batches(split, network.loaded.preprocessing, batch_size=batch_size)
     return measure_accuracy(network.loaded.model, batches, device=settings.device, shown=None)
 
 
-def _save(network: Network, directory: Path, settings: Settings, *, recipe: str | None = None) -> None:
+def _saved(network: Network, directory: Path, settings: Settings, *, recipe: str | None = None) -> Network:
+    """Write an lcc directory; return the network with the size of its weights there."""
     artifact.save(
         network.loaded,
         directory,
@@ -296,3 +323,4 @@ def _save(network: Network, directory: Path, settings: Settings, *, recipe: str 
         recipe=recipe,
         force=settings.force,
     )
+    return network.but(size_bytes=(directory / WEIGHTS).stat().st_size)

@@ -78,6 +78,11 @@ def train_network(
 def original_teacher(network: Network, settings: Settings) -> Network:
     """Return the trained original of a converted network, to be its teacher, if the library has it."""
     source = network.loaded.source
+    if network.was_trained_first:
+        raise RecipeError(
+            "the original was trained before it was converted, and is not in this directory; name it, "
+            "--teacher DIR, or pass --set distill=0"
+        )
     if source.is_random:
         raise RecipeError(
             "the original had random weights and can't teach; name a --teacher, or pass --set distill=0"

@@ -18,6 +18,7 @@ import lcc
 from lcc import recipe as recipes
 from lcc.cli import app, main
 from lcc.methods import METHODS
+from lcc.tables import TIMES
 
 ROOT = Path(__file__).parent.parent
 NET = "zoo:cifar_resnet20"
@@ -85,7 +86,9 @@ def test_every_command_explains_itself():
 
 def test_version_and_changelog_agree(lcc_run):
     assert lcc_run("--version")[1].strip() == f"lcc {lcc.__version__}"
-    assert re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == lcc.__version__
+    assert (
+        re.search(r"^## (\S+?),? ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == lcc.__version__
+    )
 
 
 def test_methods_lists_the_table(lcc_run):
@@ -98,8 +101,8 @@ def test_inspect_states_the_share_and_the_ceiling_of_resnet18(lcc_run):
     code, out, _ = lcc_run("inspect", "torchvision:resnet18", "--weights", "none")
     assert code == 0
     assert "RANDOM WEIGHTS" in out
-    assert "3,327,400 parameters, 3.51× fewer" in out
-    assert "3.70× fewer" in out
+    assert f"3,327,400 parameters, 3.51{TIMES} fewer" in out
+    assert f"3.70{TIMES} fewer" in out
     assert "channels change (3 to 64)" in out
 
 
@@ -158,6 +161,12 @@ def test_convert_takes_hyperparameters(lcc_run):
         (("eval", NET, "--weights", "none", "--data", "imagefolder:nowhere"), "nowhere"),
         (("finetune", NET, "--weights", "none", "--data", "idx:x"), "-o DIR"),
         (("run", "nowhere.toml"), "nowhere.toml"),
+        (("inspect", NET, "--weights", "none", "--num-classes", "0"), "--num-classes"),
+        (("inspect", NET, "--weights", "none", "--seed", "-1"), "--seed"),
+        (("inspect", NET, "--weights", "none", "--image-size", "0"), "--image-size"),
+        (("eval", NET, "--weights", "none", "--data", "idx:x", "--std", "0,0,0"), "--std"),
+        (("bench", NET, "--device", "mps"), "--device mps"),
+        (("demo", "-o", "/dev/null/demo"), "/dev/null/demo"),
         (("bench", "nowhere.onnx"), "lcc export"),
         (("report", "."), "not an lcc directory"),
     ],
@@ -243,13 +252,13 @@ def test_finetune_report_and_export_follow_convert(lcc_run, converted, tmp_path)
 
 
 def test_readme_lists_every_method_and_its_hyperparameters():
-    rows = re.findall(r"^\| (\w+) \| ([\w, ]+) \| ", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\| (\w+) \| ([\w, ]+) \| ", (ROOT / "README.md").read_text(), re.MULTILINE)
     table = {name: set(fields.split(", ")) for name, fields in rows if name != "method"}
     assert table == {name: set(kind.model_fields) - {"name"} for name, kind in METHODS.items()}
 
 
 def test_readme_lists_every_recipe():
-    listed = re.findall(r"^\| (recipes/\S+\.toml) \|", (ROOT / "README.md").read_text(), re.M)
+    listed = re.findall(r"^\| (recipes/\S+\.toml) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml"))
 
 
@@ -260,7 +269,7 @@ def test_every_recipe_is_valid(path):
 
 def test_the_commands_of_the_readme_parse():
     text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^lcc (\w+) (.*)$", text, re.M)
+    commands = re.findall(r"^lcc (\w+) (.*)$", text, re.MULTILINE)
     assert len(commands) >= 5
     for name, arguments in commands:
         help_text = CliRunner().invoke(app, [name, "--help"]).stdout
@@ -269,7 +278,7 @@ def test_the_commands_of_the_readme_parse():
 
 
 def test_the_gate_runs_the_test_command_of_the_readme():
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.S | re.M)
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
     test_command = blocks[1].splitlines()[-1].removeprefix(".venv-dev/bin/")
     assert test_command == "python -m pytest"
     assert test_command in (ROOT / ".ci" / "run").read_text().splitlines()

@@ -1,0 +1,112 @@
+"""What the stages of a run hand on: accuracies on the same images, names, sizes, and what was trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_data import idx_data
+
+from lcc import pipeline
+from lcc.comparison import BenchOptions
+from lcc.errors import RecipeError
+from lcc.methods.linear_mix import LinearMix
+from lcc.network import sites_of
+from lcc.plan import Rule
+from lcc.recipe import Calibrate, Evaluate, Finetune, ModelPart, Recipe
+from lcc.settings import Settings
+
+NET = ModelPart(source="zoo:cifar_resnet20", weights="none", image_size=(8, 8), num_classes=3)
+RULES = (Rule(match=("layer3.2.*",), method=LinearMix()),)
+SETTINGS = Settings(device="cpu", threads=1, say=lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path):
+    return idx_data(tmp_path / "data")
+
+
+def run(folder, **parts):
+    return pipeline.run(Recipe(lcc=1, **parts), "", folder, SETTINGS)
+
+
+def tune(data, **options):
+    return Finetune(data=data, epochs=1, batch_size=8, lr=0.01, distill=0.0, **options)
+
+
+def trained(folder, data):
+    run(folder, model=NET, finetune=tune(data))
+    return ModelPart(source=str(folder))
+
+
+def test_every_stage_is_measured_on_the_images_that_the_recipe_names(tmp_path, data):
+    dense = trained(tmp_path / "dense", data)
+    other = idx_data(tmp_path / "other", test=9)
+    report = run(tmp_path / "out", model=dense, convert=RULES, finetune=tune(data), eval=Evaluate(data=other))
+    assert [(row.accuracy.images, row.data) for row in report.models] == [(9, f"{other}, test")] * 3
+
+
+def test_every_stage_is_measured_on_the_share_that_is_held_out(tmp_path, data):
+    dense = trained(tmp_path / "dense", data)
+    report = run(tmp_path / "out", model=dense, convert=RULES, finetune=tune(data, val_split=0.25))
+    assert [row.accuracy.images for row in report.models] == [12] * 3  # of 48 to train on
+
+
+def test_random_weights_stay_random_when_a_recipe_converts_them(tmp_path, data):
+    report = run(tmp_path / "out", model=NET, convert=RULES, calibrate=Calibrate(data=data, images=8))
+    assert [row.random_weights for row in report.models] == [True, True]
+    assert report.models[1].size_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+def test_weights_that_lcc_trained_are_not_random(tmp_path, data):
+    dense = trained(tmp_path / "dense", data)
+    report = pipeline.convert(dense, tmp_path / "small", RULES, SETTINGS)
+    assert [row.random_weights for row in report.models] == [False, False]
+
+
+def test_a_run_without_training_leaves_what_lies_beside_it(tmp_path):
+    beside = tmp_path / "out.checkpoints"
+    beside.mkdir()
+    (beside / "mine").touch()
+    run(tmp_path / "out", model=NET, convert=RULES)
+    assert (beside / "mine").exists()
+
+
+def test_the_library_is_not_taken_for_an_original_that_was_trained_first(tmp_path, data):
+    dense = trained(tmp_path / "dense", data)
+    pipeline.convert(dense, tmp_path / "small", RULES, SETTINGS)
+    with pytest.raises(RecipeError, match="trained before it was converted"):
+        pipeline.finetune(ModelPart(source=str(tmp_path / "small")), Finetune(data=data), SETTINGS)
+
+
+def test_networks_of_one_name_are_told_apart_and_timed_apart(tmp_path):
+    for folder in ("a", "original"):
+        pipeline.convert(NET, tmp_path / folder / "model", RULES, SETTINGS)
+    pipeline.convert(NET, tmp_path / "original" / "original", RULES, SETTINGS)
+    parts = [tmp_path / "a" / "model", tmp_path / "original" / "model", tmp_path / "original" / "original"]
+    options = BenchOptions(rounds=8, onnx=False, layers=False)
+    report = pipeline.report(tuple(ModelPart(source=str(p)) for p in parts), SETTINGS, options=options)
+    assert [row.name for row in report.models] == ["original", *map(str, parts)]
+    assert len({row.torch.median_ms for row in report.models}) == 4
+
+
+def test_the_shares_of_a_converted_network_add_up(tmp_path):
+    pipeline.convert(NET, tmp_path / "small", RULES, SETTINGS)
+    part = ModelPart(source=str(tmp_path / "small"))
+    value = pipeline.inspect(part, LinearMix(), SETTINGS)
+    linear = 64 * 3
+    assert sum(row.before.macs for row in value.rows) + linear == value.before.macs
+    assert len(sites_of(SETTINGS.open(part))) == len(value.rows)
+
+
+def test_what_is_converted_further_is_not_called_the_original(tmp_path):
+    pipeline.convert(NET, tmp_path / "small", RULES, SETTINGS)
+    again = (Rule(match=("layer2.*",), method=LinearMix()),)
+    report = pipeline.convert(ModelPart(source=str(tmp_path / "small")), tmp_path / "more", again, SETTINGS)
+    assert [row.name for row in report.models] == ["before", "more"]
