@@ -98,6 +98,22 @@ def test_more_unknowns_than_samples_still_give_the_ridge_solution():
         np.testing.assert_allclose(stacked(got, group), wanted, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize(("count", "noise"), [(40, 1.0), (400, 0.01), (2000, 0.001)])
+def test_float32_samples_that_nearly_depend_on_each_other_still_give_a_better_fit(count, noise):
+    shape = (512, 3, 8, 1)
+    generator = np.random.default_rng(1)
+    hidden = generator.normal(size=(count, 3))
+
+    def dependent(*sizes):
+        mixed = hidden @ generator.normal(size=(3, np.prod(sizes)))
+        return (mixed + noise * generator.normal(size=mixed.shape) + 3).reshape(count, *sizes)
+
+    x, z, y = dependent(512), dependent(3, 8), samples(count, shape)[2]
+    start, exact = weights(shape), gram_of(x, z, y).centered()
+    got = gram_of(x, z, y, dtype=torch.float32).centered().solve(1e-5, start)
+    assert exact.squared_error(got).sum() < 0.1 * exact.squared_error(start).sum()
+
+
 def test_inputs_that_are_all_zero_give_the_start_back():
     x, z, y = (np.zeros_like(array) for array in samples())
     start = weights()

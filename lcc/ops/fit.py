@@ -33,6 +33,7 @@ class ArrowGram:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.count = 0
+        self.rounding = zeros()
         self.common_sum, self.private_sum, self.output_sum = (
             zeros(common),
             zeros(groups, width),
@@ -49,6 +50,8 @@ class ArrowGram:
         """Take in M samples: common (M, c), private (M, G, p), outputs (M, G, q)."""
         exact = torch.promote_types(common.dtype, torch.float32)
         common, private, outputs = common.to(exact), private.to(exact), outputs.to(exact)
+        energy = common.square().sum() + private.square().sum((0, 2)).amax()
+        self.rounding += torch.finfo(exact).eps * energy
         groups, width = private.shape[1:]
         self.count += len(common)
         self.common_sum += common.sum(0)
@@ -101,7 +104,9 @@ class ArrowGram:
     def solve(self, ridge: float, start: ArrowWeights) -> ArrowWeights:
         """Return the weights with the least squared error plus `ridge` times their distance to `start`.
 
-        `ridge` is in units of the mean square of the common regressors. Large values give `start` back.
+        `ridge` is in units of the mean square of the common regressors. Large values give `start` back. It is
+        never less than what rounding did to the moments: with few samples, or regressors that nearly depend
+        on each other, they would not be positive definite.
         """
         # numpy and scipy, not torch: torch's LAPACK was seen to hang with two threads (MKL, 2026-11).
         shared, cross, private, wanted_common, wanted_private, start_common, start_private = (
@@ -117,7 +122,7 @@ class ArrowGram:
         )
         groups, common, width = cross.shape
         scale = float(np.diagonal(shared).mean())
-        pull = ridge * (scale if scale > 0 else 1.0)  # dead inputs: any pull gives the start back
+        pull = max(ridge * scale, float(self.rounding)) or 1.0  # dead inputs: any pull gives the start back
         wanted_common = wanted_common + pull * start_common
         wanted_private = wanted_private + pull * start_private
         factor = scipy.linalg.cho_factor(shared + pull * np.eye(common))

@@ -1,0 +1,175 @@
+"""Every torchvision classifier and a sample of every timm family: found, planned, replaced, run."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import zlib
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.models import list_models as timm_names
+from torch import nn
+
+from lcc.calibrate import calibrate_
+from lcc.errors import NothingToConvertError
+from lcc.methods.linear_mix import LinearMix
+from lcc.plan import make_plan, rules_for
+from lcc.surgery import find_sites, replace_
+
+pytestmark = [pytest.mark.zoo, pytest.mark.timeout(600)]
+
+TORCHVISION = tuple(torchvision.models.list_models(module=torchvision.models))
+# The smallest of each family, with convolutions that LinearMix can take where the family has any.
+TIMM_NAMES = """
+    beit_base_patch16_224 lambda_resnet26t test_byobnet cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32
+    convnext_zepto_rms_ols cpubone_nano crossvit_tiny_240 csatv2 cs3darknet_focus_s cspnext_tiny davit_tiny
+    deit_tiny_patch16_224 densenetblur121d dla46x_c dpn48b edgenext_xx_small efficientformer_l1
+    efficientformerv2_s0 tf_efficientnetv2_b1 efficientvim_m1 efficientvit_l1 efficientvit_m0
+    vit_tiny_patch16_dinov3_qkvb fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny ghostnet_050
+    hardcorenas_b hgnetv2_b0 hiera_tiny_224 hrnet_w18_small iformer_t inception_next_atto inception_resnet_v2
+    inception_v3 inception_v4 lcnetv2_small levit_128s lowformer_b0 test_mambaout coatnet_0_224
+    poolformerv2_s12 gmlp_ti16_224 mobilenetv4_conv_small mobilevit_xxs mvitv2_tiny nasnetalarge nest_tiny
+    nextvit_small test_nfnet pit_ti_224 pnasnet5large pvt_v2_b0 rdnet_tiny regnetx_080 repghostnet_050
+    repvit_m1 res2net50_14w_8s resnest14d test_resnet resnetv2_18 rexnet_100 selecsls42 legacy_seresnet18
+    sequencer2d_s shvit_s1 skresnet18 starnet_s2 swiftformer_xs swin_tiny_patch4_window7_224
+    swinv2_tiny_window8_256 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224 tresnet_m
+    twins_svt_small vgg11 visformer_tiny test_vit vit_small_resnet50d_s16_224 test_vit_relpos
+    vitamin_small_224 volo_d1_224 ese_vovnet19b_slim legacy_xception xception41p xcit_nano_12_p8_224 resnet18
+    resnet26t resnet50_gn resnetaa50 ecaresnet26t seresnet50 resnext50_32x4d resnetblur18 resnetrs50
+    resnetv2_50 resnetv2_50d_gn resnetv2_50x1_bit vgg11_bn dla34 darknet53 cspresnet50 cspdarknet53 repvgg_a0
+    gernet_s mobileone_s0 regnety_004 regnetz_b16 densenet121 hrnet_w18_small_v2 nf_resnet26 eca_nfnet_l0
+    nf_regnet_b0 botnet26t_256 halonet26t bat_resnext26ts gcresnext26ts efficientnet_b0 efficientnetv2_rw_t
+    efficientnet_cc_b0_4e tf_efficientnet_b0 tf_efficientnet_lite0 mixnet_s mnasnet_100 fbnetc_100
+    spnasnet_100 mobilenetv2_100 mobilenetv3_small_050 tf_mixnet_s edgenext_x_small ghostnetv2_100 xception65
+    res2next50 seresnextaa101d_32x8d resnest26d selecsls60b
+"""
+TIMM = tuple(TIMM_NAMES.split())
+# Small enough to be calibrated here too: each way to normalise, activate and join branches at least once.
+CALIBRATED_NAMES = """
+    resnet18 test_resnet resnetv2_18 resnet50_gn test_byobnet densenetblur121d cs3darknet_focus_s dla34
+    skresnet18 ese_vovnet19b_slim hrnet_w18_small res2net50_14w_8s hgnetv2_b0 fasternet_t0 selecsls42
+    legacy_seresnet18 resnest26d repvgg_a0 mobilenetv4_conv_small tf_efficientnetv2_b1 efficientnetv2_rw_t
+    mobilevit_xxs pvt_v2_b0 coat_tiny starnet_s2 inception_v3 lambda_resnet26t gernet_s tresnet_m
+    vit_small_resnet50d_s16_224
+"""
+CALIBRATED = tuple(CALIBRATED_NAMES.split())
+EVERYTHING = LinearMix(change_channels=True)
+SIZE = 96
+
+
+def timm_model(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).eval()
+    cfg = model.default_cfg
+    low = max(cfg.get("min_input_size", (3, SIZE, SIZE))[1:])
+    size = cfg["input_size"][1] if cfg.get("fixed_input_size") else max(SIZE, low)
+    return model, torch.randn(1, 3, size, size)
+
+
+def torchvision_model(name):
+    torch.manual_seed(0)
+    extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model = torchvision.models.get_model(name, weights=None, num_classes=10, **extra).eval()
+    size = 224 if name.startswith(("vit", "maxvit")) else SIZE
+    return model, torch.randn(1, 3, size, size)
+
+
+def checksum(tensor):
+    return zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def fingerprint(model):
+    """Return what finding sites must leave alone: every bit, every flag, every layout, every hook."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return (
+        {
+            n: zlib.crc32(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+            for n, t in tensors.items()
+        },
+        {n: (t.stride(), t.dtype, t.requires_grad) for n, t in tensors.items()},
+        {n: m.training for n, m in model.named_modules()},
+        {n: [len(v) for k, v in vars(m).items() if "hooks" in k] for n, m in model.named_modules()},
+        torch.get_rng_state().tolist(),
+    )
+
+
+def shapes(output):
+    if isinstance(output, torch.Tensor):
+        return tuple(output.shape)
+    values = output.values() if isinstance(output, dict) else output
+    return [shapes(value) for value in values]
+
+
+@torch.no_grad()
+def expected_sites(model, x):
+    """Return the names of the convolutions that LinearMix should take, told from their attributes alone."""
+    called = set()
+    handles = [m.register_forward_hook(lambda m, *_: called.add(m)) for m in model.modules()]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return {
+        name
+        for name, m in model.named_modules()
+        if type(m) is nn.Conv2d and m in called and m.groups == 1 and m.kernel_size != (1, 1)
+        and all(k % 2 for k in m.kernel_size) and m.out_channels % m.in_channels == 0 and m.in_channels > 1
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def sweep(model, x):
+    """Find, plan, replace, run; return how many sites were converted."""
+    wanted, before = shapes(model(x)), fingerprint(model)
+    sites = find_sites(model, x)
+    assert fingerprint(model) == before
+    assert {s.name for s in sites} == {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    expected = expected_sites(model, x)
+    try:
+        plan = make_plan(sites, rules_for(EVERYTHING))
+    except NothingToConvertError:
+        assert not expected
+        return 0
+    assert set(plan.methods()) == expected
+    originals = replace_(model, plan)
+    assert originals.keys() == expected
+    assert shapes(model(x)) == wanted
+    return len(originals)
+
+
+def test_the_lists_name_what_there_is():
+    assert len(TORCHVISION) >= 80
+    assert len(set(TIMM)) == len(TIMM) >= 130
+    assert set(CALIBRATED) <= set(TIMM) <= set(timm_names())
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision(name, record_property):
+    record_property("converted", sweep(*torchvision_model(name)))
+    gc.collect()
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm(name, record_property):
+    record_property("converted", sweep(*timm_model(name)))
+    gc.collect()
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+@torch.no_grad()
+def test_calibration_keeps_both_streams_apart(name):
+    model, x = timm_model(name)
+    images = torch.nn.functional.avg_pool2d(torch.randn(6, *x.shape[1:]), 5, 1, 2) * 4
+    sites = find_sites(model, x)
+    original, outputs = copy.deepcopy(model), []
+    originals = replace_(model, make_plan(sites, rules_for(LinearMix())))
+    handle = model.register_forward_hook(lambda _m, _x, y: outputs.append(y))
+    fits = calibrate_(model, originals, sites, images).fits
+    handle.remove()
+    assert fits.keys() == originals.keys()
+    first, second = outputs[-1].chunk(2)
+    scale = first.abs().max()
+    torch.testing.assert_close(first / scale, original(images) / scale, rtol=0, atol=1e-4)
+    torch.testing.assert_close(second / scale, model(images) / scale, rtol=0, atol=1e-3)
