@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from lcc import models, probe, surgery, weights
@@ -133,8 +134,9 @@ def _write(model: nn.Module, manifest: Manifest, recipe: bytes | None, target: D
     example = probe.example(model, manifest.preprocessing)
     answer = {"input": example, **probe.outputs(model, example)}
     with target.replaced() as new:
-        save_file(tensors, new / WEIGHTS)
-        save_file(answer, new / PROBE)
+        # not save_file: it leaves files that only their owner can read
+        (new / WEIGHTS).write_bytes(serialize(tensors))
+        (new / PROBE).write_bytes(serialize(answer))
         if recipe is not None:
             (new / RECIPE).write_bytes(recipe)
         hashes = {file.name: _sha256(file) for file in sorted(new.iterdir())}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lcc.errors import DataError
 from lcc.methods import Fit, LowCostOp
 
 if TYPE_CHECKING:
@@ -128,7 +129,13 @@ class _Stream:
         does not depend on it, but the effective learning rate of fine-tuning does.
         """
         self.operator.load_state_dict(self.start)
-        self.fit = self.operator.fit_(self.statistics)
+        try:
+            self.fit = self.operator.fit_(self.statistics)
+        except ValueError as error:  # scipy's word for NaN and infinity
+            raise DataError(
+                f"the activations at {self.name} are no finite numbers on these images; look at --mean and "
+                "--std, and at the weights"
+            ) from error
         if self.has_norm:
             norms = self.operator.weight_norms()
             self.operator.scale_(torch.where(norms > 0, self.start_norms / norms.clamp_min(1e-30), 1.0))

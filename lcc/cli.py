@@ -14,6 +14,30 @@ import typer
 
 from lcc import __version__
 from lcc.errors import LccError, RecipeError
+from lcc.options import (
+    Arch,
+    AsJson,
+    Batch,
+    BenchThreads,
+    ClassNames,
+    CropPct,
+    Debug,
+    Device,
+    Force,
+    ImageSize,
+    Mean,
+    MethodOption,
+    NumClasses,
+    Rounds,
+    Seed,
+    Set,
+    SourceArg,
+    Std,
+    Threads,
+    TrustCode,
+    TrustPickle,
+    Weights,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,47 +60,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-SourceArg = Annotated[
-    str,
-    typer.Argument(
-        metavar="SOURCE",
-        help="torchvision:NAME[@WEIGHTS], timm:NAME, zoo:NAME, py:MODULE:FACTORY, an lcc directory, or a "
-        "checkpoint file with --arch",
-    ),
-]
-Arch = Annotated[str | None, typer.Option(help="Architecture of a checkpoint file, such as timm:resnet18.")]
-Weights = Annotated[
-    str | None,
-    typer.Option(help='"default" (the library\'s), "none" (random, seeded), or a checkpoint file.'),
-]
-NumClasses = Annotated[int | None, typer.Option(help="Classes of the last layer.")]
-ImageSize = Annotated[str | None, typer.Option(metavar="HxW", help="Input size, such as 224 or 192x256.")]
-Mean = Annotated[str | None, typer.Option(metavar="R,G,B", help="Mean that is taken off images in [0, 1].")]
-Std = Annotated[
-    str | None, typer.Option(metavar="R,G,B", help="Standard deviation that they are divided by.")
-]
-CropPct = Annotated[float | None, typer.Option(help="Share of the image kept at evaluation.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help="Load a pickle, which can run any code.")]
-TrustCode = Annotated[
-    bool, typer.Option("--trust-code", help="Import the Python code that an lcc directory names.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace an lcc directory that is there.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with an error.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override an option, in TOML; repeatable."),
-]
-MethodOption = Annotated[
-    str,
-    typer.Option("--method", help="A method, with hyperparameters after a colon: linear_mix:group_size=8."),
-]
-Rounds = Annotated[int, typer.Option(min=1, help="Interleaved timing rounds.")]
-Batch = Annotated[int, typer.Option(min=1, help="Images per run when timing.")]
-BenchThreads = Annotated[int, typer.Option("--bench-threads", min=1, help="CPU threads when timing.")]
+# click's own, or the copy that newer versions of typer carry
+USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 Form = Literal["table", "json", "csv", "md"]
 Options = TypeVar("Options", bound="Frozen")
 
@@ -115,6 +100,10 @@ def inspect(
     weights: Weights = None,
     num_classes: NumClasses = None,
     image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    crop_pct: CropPct = None,
+    class_names: ClassNames = None,
     seed: Seed = 0,
     trust_pickle: TrustPickle = False,
     trust_code: TrustCode = False,
@@ -126,8 +115,9 @@ def inspect(
 
     del debug
     part = _part(
-        source, arch=arch, weights=weights, num_classes=num_classes, image_size=image_size, seed=seed
-    )
+        source, arch=arch, weights=weights, num_classes=num_classes, image_size=image_size, mean=mean,
+        std=std, crop_pct=crop_pct, class_names=class_names, seed=seed,
+    )  # fmt: skip
     settings = _settings(trust_pickle=trust_pickle, trust_code=trust_code)
     _print_inspection(pipeline.inspect(part, _method(method), settings), as_json=as_json)
 
@@ -156,6 +146,7 @@ def convert(
     mean: Mean = None,
     std: Std = None,
     crop_pct: CropPct = None,
+    class_names: ClassNames = None,
     seed: Seed = 0,
     device: Device = "auto",
     threads: Threads = None,
@@ -172,20 +163,21 @@ def convert(
 
     del debug
     part = _part(
-        source, arch=arch, weights=weights, num_classes=num_classes, image_size=image_size,
-        mean=mean, std=std, crop_pct=crop_pct, seed=seed,
+        source, arch=arch, weights=weights, num_classes=num_classes, image_size=image_size, mean=mean,
+        std=std, crop_pct=crop_pct, class_names=class_names, seed=seed,
     )  # fmt: skip
     settings = _settings(
         device=device, threads=threads, force=force, trust_pickle=trust_pickle, trust_code=trust_code
     )
     rules: tuple[Rule, ...] = rules_for(_method(method), tuple(include or ()), tuple(exclude or ()))
+    fit_on = {"data": calibrate, "images": images, "seed": seed}
+    calibration = None if calibrate is None else _checked(Calibrate, **fit_on)
     if dry_run:
-        _print_inspection(pipeline.plan(part, rules, settings), as_json=as_json)
+        inspection = pipeline.plan(part, rules, settings, calibration=calibration)
+        _print_inspection(inspection, as_json=as_json)
         return
     if out is None:
         raise RecipeError("say where to put the result: -o DIR (or --dry-run to write nothing)")
-    fit_on = {"data": calibrate, "images": images, "seed": seed}
-    calibration = None if calibrate is None else _checked(Calibrate, **fit_on)
     _print_report(
         pipeline.convert(part, out, rules, settings, calibration=calibration), _form(as_json=as_json)
     )
@@ -215,6 +207,10 @@ def finetune(
     weights: Weights = None,
     num_classes: NumClasses = None,
     image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    crop_pct: CropPct = None,
+    class_names: ClassNames = None,
     seed: Seed = 0,
     device: Device = "auto",
     threads: Threads = None,
@@ -229,8 +225,9 @@ def finetune(
 
     del debug
     part = _part(
-        source, arch=arch, weights=weights, num_classes=num_classes, image_size=image_size, seed=seed
-    )
+        source, arch=arch, weights=weights, num_classes=num_classes, image_size=image_size, mean=mean,
+        std=std, crop_pct=crop_pct, class_names=class_names, seed=seed,
+    )  # fmt: skip
     given = {
         "data": data,
         "seed": seed,
@@ -270,6 +267,7 @@ def evaluate(
     mean: Mean = None,
     std: Std = None,
     crop_pct: CropPct = None,
+    class_names: ClassNames = None,
     device: Device = "auto",
     threads: Threads = None,
     trust_pickle: TrustPickle = False,
@@ -282,8 +280,8 @@ def evaluate(
 
     del debug
     part = _part(
-        source, arch=arch, weights=weights, num_classes=num_classes, image_size=image_size,
-        mean=mean, std=std, crop_pct=crop_pct,
+        source, arch=arch, weights=weights, num_classes=num_classes, image_size=image_size, mean=mean,
+        std=std, crop_pct=crop_pct, class_names=class_names,
     )  # fmt: skip
     settings = _settings(device=device, threads=threads, trust_pickle=trust_pickle, trust_code=trust_code)
     accuracy = pipeline.evaluate(part, data, settings, batch_size=batch_size)
@@ -300,7 +298,13 @@ def report(
         list[str], typer.Argument(metavar="DIR...", help="lcc directories, or other sources.")
     ],
     *,
+    original: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="What they were made from, with its weights.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Measure accuracy on this data set.")] = None,
+    arch: Arch = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
     latency: Annotated[bool, typer.Option(help="Measure latency.")] = True,
     layers: Annotated[bool, typer.Option(help="Measure every replaced layer, too.")] = True,
     batch: Batch = 1,
@@ -316,7 +320,6 @@ def report(
 ) -> None:
     """Put networks side by side: parameters, MACs, bytes, accuracy, measured latency."""
     from lcc import pipeline
-    from lcc.recipe import ModelPart
 
     del debug
     form = _form(as_json=as_json, as_csv=as_csv, as_md=as_md)
@@ -324,8 +327,9 @@ def report(
     options = (
         _bench_options(batch=batch, threads=bench_threads, rounds=rounds, layers=layers) if latency else None
     )
-    parts = tuple(ModelPart(source=source) for source in sources)
-    _print_report(pipeline.report(parts, settings, text=data, options=options), form)
+    parts = tuple(_either(source, arch, weights, num_classes) for source in sources)
+    first = None if original is None else _teacher(original, parts[0])
+    _print_report(pipeline.report(parts, settings, original=first, text=data, options=options), form)
 
 
 @app.command()
@@ -334,10 +338,15 @@ def bench(
         list[str], typer.Argument(metavar="DIR|ONNX...", help="The first one is the baseline.")
     ],
     *,
+    arch: Arch = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
     batch: Batch = 1,
     bench_threads: BenchThreads = 1,
     rounds: Rounds = 15,
     device: Device = "auto",
+    trust_pickle: TrustPickle = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -347,7 +356,9 @@ def bench(
 
     del debug
     options = _bench_options(batch=batch, threads=bench_threads, rounds=rounds, layers=False)
-    results = comparison.bench(tuple(targets), _settings(device=device), options)
+    parts = tuple(_either(target, arch, weights, num_classes) for target in targets)
+    settings = _settings(device=device, trust_pickle=trust_pickle, trust_code=trust_code)
+    results = comparison.bench(parts, settings, options)
     if as_json:
         typer.echo("[" + ",\n".join(result.model_dump_json(indent=2) for result in results) + "]")
     else:
@@ -362,12 +373,17 @@ def export(
         Path | None,
         typer.Option("-o", "--out", help="The file to write; default: DIR.onnx."),
     ] = None,
+    force: Force = False,
     half: Annotated[bool, typer.Option("--half", help="Store and compute in float16.")] = False,
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 20,
     arch: Arch = None,
     weights: Weights = None,
     num_classes: NumClasses = None,
     image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    crop_pct: CropPct = None,
+    class_names: ClassNames = None,
     trust_pickle: TrustPickle = False,
     trust_code: TrustCode = False,
     as_json: AsJson = False,
@@ -377,12 +393,15 @@ def export(
     from lcc import pipeline
 
     del debug
-    part = _part(source, arch=arch, weights=weights, num_classes=num_classes, image_size=image_size)
+    part = _part(
+        source, arch=arch, weights=weights, num_classes=num_classes, image_size=image_size, mean=mean,
+        std=std, crop_pct=crop_pct, class_names=class_names,
+    )  # fmt: skip
     if out is None:
         if not Path(source).is_dir():
             raise RecipeError("say which file to write: -o model.onnx")
         out = pipeline.onnx_beside(Path(source))
-    settings = _settings(trust_pickle=trust_pickle, trust_code=trust_code)
+    settings = _settings(force=force, trust_pickle=trust_pickle, trust_code=trust_code)
     exported = pipeline.export(part, out, settings, half=half, opset=opset)
     typer.echo(exported.model_dump_json() if as_json else pipeline.exported_line(exported))
 
@@ -450,7 +469,14 @@ def main() -> None:
     """Run the command line; an LccError is one line on stderr and its exit code."""
     debug = "--debug" in sys.argv[1:]
     try:
-        app()
+        # On its own, typer takes several lines for a usage error; with no arguments it shows the help.
+        sys.exit(app(standalone_mode=len(sys.argv) == 1))
+    except USAGE_ERROR as error:
+        typer.echo(f"lcc: {error.format_message()} ({_help_for(error)} lists the options)", err=True)
+        sys.exit(2)
+    except typer.Abort:
+        typer.echo("lcc: interrupted", err=True)
+        sys.exit(130)
     except LccError as error:
         if debug:
             raise
@@ -464,8 +490,19 @@ def main() -> None:
         sys.exit(1)
 
 
+def _help_for(error: Any) -> str:
+    """Return the command that shows the options of the one that was used wrongly."""
+    return f"`{error.ctx.command_path if error.ctx else 'lcc'} --help`"
+
+
 def _part(
-    source: str, *, image_size: str | None, mean: str | None = None, std: str | None = None, **given: Any
+    source: str,
+    *,
+    image_size: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    class_names: str | None = None,
+    **given: Any,
 ) -> ModelPart:
     from lcc.recipe import ModelPart
 
@@ -475,6 +512,7 @@ def _part(
         image_size=None if image_size is None else _size(image_size),
         mean=_numbers("--mean", mean),
         std=_numbers("--std", std),
+        class_names=None if class_names is None else tuple(map(str.strip, class_names.split(","))),
         **given,
     )
 
@@ -540,6 +578,13 @@ def _form(*, as_json: bool = False, as_csv: bool = False, as_md: bool = False) -
     return chosen[0] if chosen else "table"
 
 
+def _either(source: str, arch: str | None, weights: str | None, num_classes: int | None) -> ModelPart:
+    """Return one of several sources; the options are for those that are no lcc directories."""
+    if Path(source).is_dir():
+        return _part(source)
+    return _part(source, arch=arch, weights=weights, num_classes=num_classes)
+
+
 def _print_report(value: Report, form: Form) -> None:
     from lcc import report as reports
     from lcc.tables import report_sheets, to_markdown
@@ -547,7 +592,8 @@ def _print_report(value: Report, form: Form) -> None:
     if form == "json":
         typer.echo(reports.to_json(value))
     elif form == "csv":
-        typer.echo(reports.to_csv(value), nl=False)
+        layers = reports.layers_to_csv(value)
+        typer.echo(reports.to_csv(value) + (f"\n{layers}" if layers else ""), nl=False)
     elif form == "md":
         typer.echo(to_markdown(report_sheets(value)))
     else:

@@ -8,19 +8,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lcc.counts import count_macs, fvcore_macs
 from lcc.errors import RecipeError
 from lcc.evaluation import Accuracy
 from lcc.export import to_onnx
 from lcc.manifest import event_now
 from lcc.measure import Bench, bench_layers, bench_onnx, bench_torch
 from lcc.plan import Site
-from lcc.recipe import ModelPart
 from lcc.report import ModelRow, Report
 
 if TYPE_CHECKING:
     from lcc.measure import Conditions
     from lcc.network import Network
     from lcc.onnx_runtime import Device
+    from lcc.recipe import ModelPart
     from lcc.report import LayerRow
     from lcc.settings import Settings
 
@@ -56,12 +57,12 @@ def on_data(text: str, part: str) -> str:
     return f"{text}, {part}" if part else text
 
 
-def bench(targets: tuple[str, ...], settings: Settings, options: BenchOptions) -> tuple[Bench, ...]:
+def bench(parts: tuple[ModelPart, ...], settings: Settings, options: BenchOptions) -> tuple[Bench, ...]:
     """Time lcc directories, sources and ONNX files against each other, the first being the baseline."""
     if settings.device not in ("auto", "cpu", "cuda"):
         raise RecipeError(f"--device {settings.device}: latency is measured on cpu or cuda")
-    files = {target: Path(target) for target in targets if target.endswith(".onnx")}
-    networks = {target: settings.open(ModelPart(source=target)) for target in targets if target not in files}
+    files = {part.source: Path(part.source) for part in parts if part.source.endswith(".onnx")}
+    networks = {part.source: settings.open(part) for part in parts if part.source not in files}
     for target, path in files.items():
         if not path.is_file():
             raise RecipeError(f"{target} is not there; `lcc export` makes one")
@@ -73,7 +74,7 @@ def bench(targets: tuple[str, ...], settings: Settings, options: BenchOptions) -
             exported = {
                 t: _exported(n, Path(folder) / f"{i}.onnx") for i, (t, n) in enumerate(networks.items())
             }
-            ordered = {target: files.get(target) or exported[target] for target in targets}
+            ordered = {t: files.get(t) or exported[t] for t in (part.source for part in parts)}
             results.append(_bench_onnx(ordered, options, settings))
     return tuple(results)
 
@@ -115,6 +116,17 @@ def timed_report(
                 conditions += layer_conditions
     timed = tuple(row.model_copy(update=update) for row, update in zip(rows, updates, strict=True))
     return plain_report(timed).model_copy(update={"conditions": tuple(conditions)})
+
+
+def cross_checks(networks: list[Network]) -> tuple[str, ...]:
+    """Return in lines how the MACs compare with what fvcore counts."""
+    lines = []
+    for network in networks:
+        ours = count_macs(network.loaded.model, network.example, network.plan.methods()).macs
+        theirs = fvcore_macs(network.loaded.model, network.example).macs
+        agrees = "as lcc does" if ours == theirs else f"where lcc counts {ours:,}"
+        lines.append(f"{network.name}: fvcore counts {theirs:,} MACs, {agrees}")
+    return tuple(lines)
 
 
 def _layer_times(

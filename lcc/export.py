@@ -91,6 +91,7 @@ def to_onnx(
         raise RecipeError(f"opset {opset} is too old: the exporter needs {MIN_OPSET} or later")
     if tolerance is None:
         tolerance = HALF_TOLERANCE if half else TOLERANCE
+    check_file(path, force=True)
     with _written_at_once(path) as part:
         network = copy.deepcopy(loaded.model).cpu().float().eval()
         channels, (height, width) = len(loaded.preprocessing.mean), loaded.preprocessing.image_size
@@ -134,8 +135,8 @@ def export_graph(network: nn.Module, example: Tensor, opset: int) -> ir.Model:
     assert program is not None  # only the legacy exporter gives None
     model = program.model
     if model.opset_imports[""] != opset:
-        raise CheckFailedError(
-            f"the exporter gave opset {model.opset_imports['']} instead of {opset}; use that"
+        raise RecipeError(
+            f"opset {opset} can't be had: the exporter gives {model.opset_imports['']}; use that"
         )
     fold_batch_norms(model)
     order_sums(model)
@@ -146,13 +147,24 @@ def export_graph(network: nn.Module, example: Tensor, opset: int) -> ir.Model:
     return model
 
 
+def check_file(path: Path, *, force: bool = False) -> None:
+    """Make sure, before any long work and leaving no trace, that `to_onnx` can write there.
+
+    Raises: ArtifactError: it is no file name, it exists (without `force`), or the folder can't be written.
+    """
+    if path.is_dir() or not path.name:
+        raise ArtifactError(f"{path} is a directory; name a file, such as model.onnx")
+    if path.exists() and not force:
+        raise ArtifactError(f"{path} exists; choose another path, or replace it with --force")
+    if not os.access(path.parent, os.W_OK):
+        raise ArtifactError(f"{path} can't be written: {path.parent} is no folder that you can write to")
+
+
 @contextmanager
 def _written_at_once(path: Path) -> Iterator[Path]:
     """Give a file beside `path` to write, which takes its place if all goes well and is gone otherwise."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        if path.is_dir():
-            raise IsADirectoryError(None, "it is a directory; name a file")
         part.touch()
         yield part
         part.replace(path)

@@ -39,6 +39,7 @@ class Inspection(Frozen):
     rows: tuple[SiteRow, ...]
     before: Cost
     after: Cost
+    planned: bool = False
     uncounted: tuple[str, ...] = ()
 
     @property
@@ -76,6 +77,7 @@ def inspection(
         rows=rows,
         before=total,
         after=after,
+        planned=plan is not None,
         uncounted=uncounted,
     )
 
@@ -181,11 +183,12 @@ def _cells(row: SiteRow, total: Cost) -> tuple[Cell, ...]:
 def _totals(value: Inspection) -> list[str]:
     part, before, after = value.addressable, value.before, value.after
     count = sum(row.after is not None for row in value.rows)
-    lines = [f"{count} of {len(value.rows)} convolutions can be converted"]
+    lines = [f"{count} of {len(value.rows)} convolutions {'would' if value.planned else 'can'} be converted"]
+    word = "chosen" if value.planned else "addressable"
     if count:
         lines += [
-            f"addressable: {part.params / before.params:.0%} of {before.params:,} parameters",
-            f"addressable: {part.macs / before.macs:.0%} of {before.macs:,} MACs ({2 * before.macs:,} FLOPs)",
+            f"{word}: {part.params / before.params:.0%} of {before.params:,} parameters",
+            f"{word}: {part.macs / before.macs:.0%} of {before.macs:,} MACs ({2 * before.macs:,} FLOPs)",
             f"all converted: {after.params:,} parameters, {before.params / after.params:.2f}{TIMES} fewer",
             f"all converted: {after.macs:,} MACs, {before.macs / after.macs:.2f}{TIMES} fewer",
             "fewer MACs are not yet less time: `lcc report` measures that",

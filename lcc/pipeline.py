@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from lcc import artifact, data
 from lcc import recipe as recipes
 from lcc.batches import eval_batches
-from lcc.comparison import BenchOptions, known_accuracy, on_data, plain_report, timed_report
+from lcc.comparison import BenchOptions, cross_checks, known_accuracy, on_data, plain_report, timed_report
 from lcc.conversion import convert_network
 from lcc.directory import WEIGHTS
 from lcc.errors import RecipeError
 from lcc.evaluation import Accuracy
 from lcc.evaluation import evaluate as measure_accuracy
-from lcc.export import Exported, to_onnx
+from lcc.export import Exported, check_file, to_onnx
 from lcc.inspection import Inspection, inspection
 from lcc.network import Network, original_of, sites_of
 from lcc.plan import Plan, Rule, Site, make_plan
@@ -42,8 +42,12 @@ def inspect(part: ModelPart, method: Method, settings: Settings) -> Inspection:
     return _inspection(network, sites_of(network), method)
 
 
-def plan(part: ModelPart, rules: tuple[Rule, ...], settings: Settings) -> Inspection:
+def plan(
+    part: ModelPart, rules: tuple[Rule, ...], settings: Settings, *, calibration: Calibrate | None = None
+) -> Inspection:
     """Return what `convert` with these rules would do. Raises: as `convert`, short of writing."""
+    if calibration is not None:
+        data.open_train(calibration.data)
     network = settings.open(part)
     sites = sites_of(network)
     decided = make_plan(sites, rules)
@@ -66,6 +70,7 @@ def convert(
     original = _open_first(part, settings)
     sites, converted = convert_network(original, rules, calibration, settings)
     converted = _saved(converted, directory, settings).but(name=directory.name)
+    settings.say(f"wrote {directory}; next: lcc finetune {directory} --data DATA")
     return plain_report((original.row(), converted.row(sites=sites)))
 
 
@@ -79,7 +84,10 @@ def finetune(
     resume: bool = False,
     workers: int | None = None,
 ) -> Report:
-    """Train a network and write it to an lcc directory (default: the one it came from)."""
+    """Train a network and write it to an lcc directory (default: the one it came from).
+
+    Raises: what `lcc.train.finetune` raises; ArtifactError: the target; RecipeError: no target, no teacher.
+    """
     if directory is None:
         if not Path(part.source).is_dir():
             raise RecipeError(
@@ -93,14 +101,27 @@ def finetune(
     master = settings.open(teacher) if teacher is not None else None
     if master is None and network.plan.groups and options.distill > 0:
         master = original_teacher(network, settings)
+    split = data.open_eval(options.data, val_split=options.val_split, seed=options.seed)
+    start = None if network.is_random else _accuracy(network, split, settings)
+    if start is not None:
+        settings.say(f"before fine-tuning: {start}")
     trained, result = train_network(
         network, options, master, directory, settings, resume=resume, workers=workers
     )
-    trained = _saved(trained, directory, settings)
+    trained = _saved(trained, directory, settings).but(name="fine-tuned")
     shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
+    if start is not None and result.accuracy.top1 < start.top1:
+        settings.say(
+            f"warning: fine-tuning made it worse, {result.accuracy} from {start}: try a lower --lr than "
+            f"{options.lr:g}, or more --epochs"
+        )
+    settings.say(f"wrote {directory}; next: lcc report {directory}, lcc export {directory}")
     measured_on = on_data(options.data, result.evaluated_on)
-    row = trained.but(name=directory.name).row(accuracy=result.accuracy, data=measured_on)
-    return plain_report((before.row(), row) if before is not None else (row,))
+    rows = (
+        network.but(name="before").row(accuracy=start, data=measured_on if start else None),
+        trained.row(accuracy=result.accuracy, data=measured_on),
+    )
+    return plain_report(rows if before is None else (before.row(), *rows))
 
 
 def teacher_part(teacher: str, student: ModelPart) -> ModelPart:
@@ -124,6 +145,7 @@ def export(
     part: ModelPart, path: Path, settings: Settings, *, half: bool = False, opset: int = 20
 ) -> Exported:
     """Write a network as one checked ONNX file."""
+    check_file(path, force=settings.force)
     network = settings.open(part)
     return to_onnx(network.loaded, path, network.plan, half=half, opset=opset)
 
@@ -132,15 +154,18 @@ def report(
     parts: tuple[ModelPart, ...],
     settings: Settings,
     *,
+    original: ModelPart | None = None,
     text: str | None = None,
     options: BenchOptions | None = None,
 ) -> Report:
-    """Return networks side by side, after the original of the first one where that was converted.
+    """Return networks side by side, after `original`, or the architecture that the first was converted from.
 
     `text`: a data set to measure accuracy on; without it, what their histories say. `options` None: no
     latencies.
     """
     networks = _told_apart([(settings.open(part), part.source) for part in parts])
+    if original is not None:
+        networks.insert(0, settings.open(original, name="original"))
     split = None if text is None else data.open_eval(text)
     rows = []
     for network in networks:
@@ -153,7 +178,8 @@ def report(
     if all(network.plan.groups for network in networks):
         networks.insert(0, original_of(networks[0], trust_code=settings.trust_code))
         rows.insert(0, networks[0].row())
-    return timed_report(tuple(rows), tuple(networks), options, settings)
+    timed = timed_report(tuple(rows), tuple(networks), options, settings)
+    return timed.model_copy(update={"notes": (*timed.notes, *cross_checks(networks))})
 
 
 def run(
@@ -171,6 +197,8 @@ def run(
     The result is the lcc directory, and DIR.onnx where the recipe exports. Raises: what the stages raise.
     """
     artifact.check_target(directory, force=settings.force)
+    if recipe.export is not None:
+        check_file(onnx_beside(directory), force=settings.force)
     stages = _Stages(recipe, settings)
     original = _open_first(recipe.model, settings)
     stages.add(original)

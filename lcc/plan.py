@@ -9,8 +9,8 @@ from lcc.errors import NothingToConvertError, RecipeError
 from lcc.methods import AnyMethod, Method
 from lcc.specs import ConvSpec, Cost, Frozen, Size
 
-DENSE_BY_RULE = "kept dense by a rule"
-NO_RULE = "no rule names it"
+DENSE_BY_RULE = "kept dense by a rule (or --exclude)"
+NO_RULE = "named by no rule (or --include)"
 
 
 class Site(Frozen):

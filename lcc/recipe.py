@@ -25,7 +25,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Finetune(Frozen):
-    """How to train. The defaults suit about ten epochs of SGD on small images.
+    """How to train. The defaults suit some epochs of SGD on a network whose weights are worth keeping.
 
     Optimisation: `optimizer` and `schedule` are timm's names ("sgd" has Nesterov momentum); `lr` is the peak,
     `warmup` the share of all steps spent rising to it; `decay_norms`: weight decay on biases and norms too;
@@ -43,7 +43,7 @@ class Finetune(Frozen):
     epochs: Count = 10
     batch_size: Annotated[int, Field(ge=2)] = 128
     optimizer: str = "sgd"
-    lr: Positive = 0.1
+    lr: Positive = 0.02
     momentum: Share = 0.9
     weight_decay: NotNegative = 5e-4
     decay_norms: bool = False

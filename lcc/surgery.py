@@ -115,6 +115,7 @@ class _Calls:
         self.first = float("inf")
         self.sizes: list[Size] = []
         self.by_keyword = False
+        self.weight_read = False
         self.norm: _BatchNorm | None = None
         self.fed_norm = 0
 
@@ -161,8 +162,43 @@ def _record_calls(model: nn.Module, convs: list[nn.Module], example: Tensor) -> 
 
     handles = [conv.register_forward_hook(on_conv, with_kwargs=True) for conv in convs]
     handles += [m.register_forward_pre_hook(on_norm) for m in model.modules() if isinstance(m, _BatchNorm)]
-    _run(model, example, handles)
+    with _weights_watched([conv for conv in convs if type(conv) is nn.Conv2d]) as read_by_host:
+        _run(model, example, handles)
+    for conv in read_by_host:
+        calls[conv].weight_read = True
     return calls
+
+
+class _Watched(nn.Conv2d):
+    """A convolution, for the length of one pass, that notes when its host reads its weight itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run, and read the weight unnoticed."""
+        vars(self)["runs"] = True
+        try:
+            return super().forward(x)
+        finally:
+            del vars(self)["runs"]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "runs" not in vars(self) and "read_by_host" in vars(self):
+            vars(self)["read_by_host"].add(self)
+        return super().__getattr__(name)
+
+
+@contextmanager
+def _weights_watched(convs: list[nn.Module]) -> Iterator[set[nn.Module]]:
+    """Give the set into which every convolution goes whose weight is read from outside it."""
+    read_by_host: set[nn.Module] = set()
+    for conv in convs:
+        vars(conv)["read_by_host"] = read_by_host
+        conv.__class__ = _Watched
+    try:
+        yield read_by_host
+    finally:
+        for conv in convs:
+            conv.__class__ = nn.Conv2d
+            del vars(conv)["read_by_host"]
 
 
 def _sole_norms(model: nn.Module, calls: dict[nn.Module, _Calls], example: Tensor) -> dict[nn.Module, str]:
@@ -269,6 +305,8 @@ def _obstacle(conv: nn.Module, calls: _Calls, *, tied_to: str | None) -> str | N
         return f"shares a parameter with {tied_to}"
     if any(vars(conv)[hooks] for hooks in HOOKS) or "forward" in vars(conv):
         return "carries hooks that a replacement would lose"
+    if calls.weight_read:
+        return "its host reads its weight itself, and a replacement has no such one"
     if calls.by_keyword:
         return "called with its input as a keyword, which a replacement does not take"
     return None

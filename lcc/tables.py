@@ -69,7 +69,7 @@ def to_rich(sheets: Sequence[Sheet]) -> Group:
             pad_edge=False,
         )
         for number, header in enumerate(sheet.headers):
-            table.add_column(Text(header), justify=sheet.side(number), overflow="fold")
+            table.add_column(Text(header), justify=sheet.side(number), overflow="fold", no_wrap=not number)
         for row in sheet.rows:
             table.add_row(*(Text(cell.text, style=cell.style) for cell in row))
         if parts:

@@ -68,8 +68,8 @@ def test_the_first_rule_that_matches_decides():
 
 
 def test_a_later_rule_changes_nothing_that_an_earlier_one_decided():
-    plan = make_plan(SITES, (rule("*", method=DEPTHWISE), rule("layer1.0.*", method=GROUPED)))
-    assert set(converted(plan).values()) == {"linear_mix"}
+    plan = make_plan(SITES, (rule("layer1.*", method=DEPTHWISE), rule("*", method=GROUPED)))
+    assert plan.methods()["layer1.0.conv1"] == DEPTHWISE
 
 
 def test_a_rule_without_a_method_keeps_its_sites_dense():
@@ -316,7 +316,7 @@ def test_a_network_without_convolutions_has_nothing_to_convert():
 
 
 def test_without_any_rule_nothing_is_converted():
-    with pytest.raises(NothingToConvertError, match=NO_RULE):
+    with pytest.raises(NothingToConvertError, match=re.escape(NO_RULE)):
         make_plan(SITES, ())
 
 

@@ -268,3 +268,21 @@ def test_the_stride_1_sites_of_resnet50_give_the_known_total():
     plan = make_plan(tuple(s for s in sites if s.spec.stride == (1, 1)), rules_for(LinearMix()))
     assert len(replace_(model, plan)) == 13
     assert count_params(model) == 18_275_688
+
+
+def test_a_conv_whose_weight_its_host_reads_is_refused():
+    class Host(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read = nn.Conv2d(4, 4, 3, padding=1)
+            self.called = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.called(self.read(x.to(self.read.weight.dtype)))
+
+    host = Host()
+    read, called = find_sites(host, torch.zeros(1, 4, 8, 8))
+    assert "reads its weight" in read.obstacle
+    assert called.obstacle is None
+    assert type(host.read) is type(host.called) is nn.Conv2d
+    assert not {"read_by_host", "runs"} & (vars(host.read).keys() | vars(host.called).keys())

@@ -189,7 +189,8 @@ class LinearMixOp(LowCostOp):
     def fit_(self, statistics: Statistics) -> Fit:
         """Take on the ridge least-squares weights; the ridge pulls towards the present ones (the mask).
 
-        The ridge is the one with the least error on held-out images; the weights then use all of them.
+        The ridge is the one with the least error on held-out images; the weights then use all of them. Where
+        none beats the start there, the start stays, and the ridge is None.
         """
         if not isinstance(statistics, LinearMixStatistics):
             raise TypeError("these statistics were made by another kind of operator")
@@ -202,18 +203,20 @@ class LinearMixOp(LowCostOp):
         else:
             centered = both
         start = self._weights()
+        start_error = held_out.squared_error(start).sum()
         errors = {ridge: held_out.squared_error(train.solve(ridge, start)).sum() for ridge in RIDGES}
         ridge = min(errors, key=lambda key: float(errors[key]))
-        weights = centered.solve(ridge, start)
+        helps = bool(errors[ridge] < start_error)
+        weights = centered.solve(ridge, start) if helps else start
         self._set_weights(weights)
         if self.bias is not None:
             self.bias.copy_(both.intercept(weights).flatten())
         norm = held_out.output_output
         return Fit(
             how="data",
-            start_error=relative_error(held_out.squared_error(start), norm),
-            relative_error=relative_error(errors[ridge], norm),
-            ridge=ridge,
+            start_error=relative_error(start_error, norm),
+            relative_error=relative_error(errors[ridge] if helps else start_error, norm),
+            ridge=ridge if helps else None,
             samples=both.count,
         )
 
