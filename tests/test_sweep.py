@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import zlib
+from collections import Counter
 
 import pytest
 import timm
 import torch
+import torch.fx
 import torchvision
 from timm.models import list_models as timm_names
 from torch import nn
@@ -56,6 +58,10 @@ CALIBRATED_NAMES = """
     vit_small_resnet50d_s16_224
 """
 CALIBRATED = tuple(CALIBRATED_NAMES.split())
+TRACED = (
+    "resnet18", "resnext50_32x4d", "densenet121", "googlenet", "inception_v3", "mobilenet_v2",
+    "mobilenet_v3_small", "shufflenet_v2_x1_0", "regnet_y_400mf", "efficientnet_b0", "mnasnet1_0", "vgg11_bn",
+)  # fmt: skip
 EVERYTHING = LinearMix(change_channels=True)
 SIZE = 96
 
@@ -155,6 +161,32 @@ def test_torchvision(name):
 def test_timm(name):
     sweep(*timm_model(name))
     gc.collect()
+
+
+def norms_of_graph(model):
+    """Return each convolution's BatchNorm if the traced graph shows no other user on either side."""
+    graph = torch.fx.symbolic_trace(model).graph
+    modules = dict(model.named_modules())
+    nodes = [node for node in graph.nodes if node.op == "call_module"]
+    calls = Counter(node.target for node in nodes)
+    return {
+        node.target: user.target
+        for node in nodes
+        for user in node.users
+        if type(modules[node.target]) is nn.Conv2d
+        and len(node.users) == 1
+        and user.op == "call_module"
+        and isinstance(modules[user.target], nn.BatchNorm2d)
+        and calls[node.target] == calls[user.target] == 1
+    }
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_norms_are_those_that_the_traced_graph_shows(name):
+    model, x = torchvision_model(name)
+    found = {site.name: site.norm for site in find_sites(model, x) if site.norm}
+    assert found == norms_of_graph(model)
+    assert found
 
 
 @pytest.mark.parametrize("name", CALIBRATED)
