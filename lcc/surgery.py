@@ -172,11 +172,11 @@ def _record_calls(model: nn.Module, convs: list[nn.Module], example: Tensor) -> 
 class _Watched(nn.Conv2d):
     """A convolution, for the length of one pass, that notes when its host reads its weight itself."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         """Run, and read the weight unnoticed."""
         vars(self)["runs"] = True
         try:
-            return super().forward(x)
+            return super().forward(*inputs, **named)
         finally:
             del vars(self)["runs"]
 
