@@ -328,7 +328,10 @@ def report(
         _bench_options(batch=batch, threads=bench_threads, rounds=rounds, layers=layers) if latency else None
     )
     parts = tuple(_either(source, arch, weights, num_classes) for source in sources)
-    first = None if original is None else _teacher(original, parts[0])
+    first = None
+    if original is not None:
+        named = _either(original, arch, weights, num_classes)
+        first = _teacher(original, parts[0]) if Path(original).is_file() and arch is None else named
     _print_report(pipeline.report(parts, settings, original=first, text=data, options=options), form)
 
 

@@ -53,8 +53,10 @@ def known_accuracy(network: Network) -> tuple[Accuracy | None, str | None]:
 
 
 def on_data(text: str, part: str) -> str:
-    """Return in words what an accuracy was measured on."""
-    return f"{text}, {part}" if part else text
+    """Return in words what an accuracy was measured on; of a path only the last part."""
+    scheme, colon, place = text.partition(":")
+    short = f"{scheme}:{Path(place).name}" if colon else text
+    return f"{short}, {part}" if part else short
 
 
 def bench(parts: tuple[ModelPart, ...], settings: Settings, options: BenchOptions) -> tuple[Bench, ...]:
@@ -90,25 +92,31 @@ def timed_report(
     networks: tuple[Network, ...],
     options: BenchOptions | None,
     settings: Settings,
+    *,
+    untimed: str | None = None,
 ) -> Report:
-    """Return a report of the rows with latencies measured as `options` say."""
+    """Return a report of the rows with latencies measured as `options` say.
+
+    `untimed` names a row whose latency is that of another one, since both compute the same way.
+    """
     if options is None:
         return plain_report(rows)
     conditions: list[Conditions] = []
-    keyed = {str(number): network for number, network in enumerate(networks)}  # two may have one name
+    # by number, since two may have one name
+    keyed = {str(n): network for n, network in enumerate(networks) if network.name != untimed}
     updates: list[dict[str, object]] = [{} for _ in rows]
     if options.torch:
         bench = _bench_torch(keyed, options, settings)
         conditions.append(bench.conditions)
-        for update, key in zip(updates, keyed, strict=True):
-            update |= {"torch": bench.latencies[key], "torch_speedup": bench.speedups.get(key)}
+        for key in keyed:
+            updates[int(key)] |= {"torch": bench.latencies[key], "torch_speedup": bench.speedups.get(key)}
     if options.onnx:
         with tempfile.TemporaryDirectory() as folder:
             files = {key: _exported(n, Path(folder) / f"{key}.onnx") for key, n in keyed.items()}
             bench = _bench_onnx(files, options, settings)
         conditions.append(bench.conditions)
-        for update, key in zip(updates, keyed, strict=True):
-            update |= {"onnx": bench.latencies[key], "onnx_speedup": bench.speedups.get(key)}
+        for key in keyed:
+            updates[int(key)] |= {"onnx": bench.latencies[key], "onnx_speedup": bench.speedups.get(key)}
     if options.layers:
         for update, row, network in zip(updates, rows, networks, strict=True):
             if row.layers:

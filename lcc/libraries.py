@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
-from contextlib import contextmanager, suppress
+import sys
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -327,14 +329,23 @@ LIBRARIES: dict[str, Callable[[str], Architecture]] = {
 
 @contextmanager
 def _downloading(source: str, place: str) -> Iterator[None]:
-    """Turn whatever goes wrong between here and a hub into a way out; each library raises its own errors."""
+    """Turn whatever goes wrong between here and a hub into a way out; each library raises its own errors.
+
+    What the libraries print on the way goes to stderr, and the hub's own log of its retries nowhere.
+    """
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.CRITICAL)
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     except Exception as error:
         raise SourceError(
             f"the weights of {source} can't be had ({type(error).__name__}: {one_line(error)}); "
             f"download them from {place} and use --weights PATH, or --weights none for random ones"
         ) from error
+    finally:
+        hub.setLevel(level)
 
 
 def _names(library: str) -> list[str]:

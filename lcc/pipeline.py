@@ -224,7 +224,8 @@ def run(
     if recipe.export is not None:
         target, half, opset = onnx_beside(directory), recipe.export.half, recipe.export.opset
         notes = (exported_line(to_onnx(network.loaded, target, network.plan, half=half, opset=opset)),)
-    report = timed_report(tuple(stages.rows), tuple(stages.networks), options, settings)
+    untimed = "converted" if recipe.finetune is not None else None
+    report = timed_report(tuple(stages.rows), tuple(stages.networks), options, settings, untimed=untimed)
     return report.model_copy(update={"notes": (*report.notes, *notes)})
 
 
@@ -257,7 +258,9 @@ def _recipe_teacher(recipe: Recipe, original: Network, settings: Settings) -> Ne
     """Return what a recipe distils from: what it names, else what it converts, unless that is untrained."""
     if recipe.teacher is not None:
         return settings.open(recipe.teacher, name="teacher")
-    return original if recipe.convert and not original.is_random else None
+    source = original.loaded.source
+    new_head = source.num_classes is not None and source.weights == "default"
+    return original if recipe.convert and not original.is_random and not new_head else None
 
 
 def _evaluated_on(recipe: Recipe) -> Split | None:

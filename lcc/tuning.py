@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lcc import train
+from lcc import data, train
 from lcc.errors import RecipeError
 from lcc.manifest import event_now
 from lcc.recipe import Finetune, ModelPart
@@ -40,6 +40,7 @@ def train_network(
         settings.say("note: no teacher, so the labels alone are learnt from")
         options = options.model_copy(update={"distill": 0.0})
     model = copy.deepcopy(network.loaded.model)
+    class_names = network.loaded.class_names or data.open_train(options.data).class_names
     result = train.finetune(
         model,
         network.loaded.preprocessing,
@@ -71,7 +72,9 @@ def train_network(
         },
     )
     return network.but(
-        loaded=replace(network.loaded, model=model), history=(*network.history, event), size_bytes=None
+        loaded=replace(network.loaded, model=model, class_names=class_names),
+        history=(*network.history, event),
+        size_bytes=None,
     ), result
 
 
@@ -86,6 +89,11 @@ def original_teacher(network: Network, settings: Settings) -> Network:
     if source.is_random:
         raise RecipeError(
             "the original had random weights and can't teach; name a --teacher, or pass --set distill=0"
+        )
+    if source.num_classes is not None and source.weights == "default":
+        raise RecipeError(
+            f"the original's last layer was new, for {source.num_classes} classes, and can't teach; name a "
+            "--teacher trained on this data, or pass --set distill=0"
         )
     if source.weights != "default":
         file = source.weights.removeprefix("file:")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_data import idx_data
+from small_data import idx_data, image_folder
 from typer.testing import CliRunner
 
 import lcc
@@ -249,6 +249,76 @@ def test_finetune_report_and_export_follow_convert(lcc_run, converted, tmp_path)
     assert code == 0, err
     assert (tmp_path / "small.onnx").is_file()
     assert "checked in ONNX Runtime at batch 1 and 3" in out
+
+
+def test_a_usage_error_is_one_line(lcc_run):
+    code, out, err = lcc_run("convert", NET, "--wieghts", "none")
+    assert code == 2
+    assert "--wieghts" in one_line(err)
+    assert out == ""
+
+
+def test_export_does_not_replace_a_file_unless_forced(lcc_run, converted, tmp_path):
+    target = tmp_path / "net.onnx"
+    target.write_text("mine")
+    code, _, err = lcc_run("export", converted, "-o", target)
+    assert code == 2
+    assert "--force" in one_line(err)
+    assert target.read_text() == "mine"
+
+
+def test_export_to_a_folder_is_refused(lcc_run, converted):
+    code, _, err = lcc_run("export", converted, "-o", ".")
+    assert code == 2
+    assert "name a file" in one_line(err)
+
+
+def test_finetuning_that_makes_it_worse_says_so(lcc_run, tmp_path):
+    data = idx_data(tmp_path / "data", classes=10)
+    trained = ("finetune", NET, "--weights", "none", "--data", data, "--batch-size", 8, "--device", "cpu")
+    assert lcc_run(*trained, "--epochs", 2, "-o", tmp_path / "net")[0] == 0
+    code, _, err = lcc_run(
+        "finetune",
+        tmp_path / "net",
+        "--data",
+        data,
+        "--batch-size",
+        8,
+        "--epochs",
+        1,
+        "--lr",
+        5,
+        "--device",
+        "cpu",
+    )
+    assert code == 0, err
+    assert "before fine-tuning" in err
+    assert ("made it worse" in err) == (
+        float(re.search(r"evaluation ([\d.]+) %", err)[1])
+        < float(re.search(r"before fine-tuning: ([\d.]+) %", err)[1])
+    )
+
+
+def test_a_folders_class_names_travel_with_the_network(lcc_run, tmp_path):
+    counts = {str(label): 2 for label in range(10)}
+    data = image_folder(tmp_path / "data", {"train": counts, "test": counts})
+    code, _, err = lcc_run(
+        "finetune", NET, "--weights", "none", "--data", data, "--batch-size", 4, "--epochs", 1,
+        "--device", "cpu", "-o", tmp_path / "net",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads((tmp_path / "net" / "manifest.json").read_text())["class_names"] == sorted(counts)
+
+
+def test_report_takes_the_original_with_its_weights(lcc_run, converted, tmp_path):
+    data = idx_data(tmp_path / "data", classes=10)
+    code, out, err = lcc_run(
+        "report", converted, "--no-latency", "--original", NET, "--weights", "none", "--data", data, "--json"
+    )
+    assert code == 0, err
+    names = [model["name"] for model in json.loads(out)["models"]]
+    assert names == ["original", "small"]
+    assert "fvcore counts" in json.loads(out)["notes"][0]
 
 
 def test_readme_lists_every_method_and_its_hyperparameters():
