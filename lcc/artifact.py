@@ -101,7 +101,7 @@ def save_back(model: nn.Module, directory: str | Path) -> None:
             f"{target.shown} holds another network: {difference}; give the very module that lcc.load gave"
         )
     recipe = target.shown / RECIPE
-    done = event_now("lcc.save", details={"weights": WRITTEN_BACK})
+    done = event_now("train", "lcc.save", details={"weights": WRITTEN_BACK})
     manifest = manifest.model_copy(update={"history": (*manifest.history, done)})
     _write(model, manifest, recipe.read_bytes() if recipe.exists() else None, target)
 

@@ -12,7 +12,7 @@ from lcc.counts import count_macs, fvcore_macs
 from lcc.errors import RecipeError
 from lcc.evaluation import Accuracy
 from lcc.export import to_onnx
-from lcc.manifest import event_now
+from lcc.manifest import versions
 from lcc.measure import Bench, bench_layers, bench_onnx, bench_torch
 from lcc.plan import Site
 from lcc.report import ModelRow, Report
@@ -83,8 +83,7 @@ def bench(parts: tuple[ModelPart, ...], settings: Settings, options: BenchOption
 
 def plain_report(rows: tuple[ModelRow, ...]) -> Report:
     """Return a report of the rows as they are."""
-    versions = event_now("report").versions
-    return Report(models=rows, versions=versions, date=datetime.now(UTC).isoformat(timespec="seconds"))
+    return Report(models=rows, versions=versions(), date=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def timed_report(

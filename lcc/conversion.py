@@ -38,7 +38,7 @@ def convert_network(
     else:
         fits, details = _fit_(model, originals, sites, original, calibration, settings)
     seed = None if calibration is None else calibration.seed
-    event = event_now(command_line(), seed=seed, details=details)
+    event = event_now("convert", command_line(), seed=seed, details=details)
     return sites, original.but(
         loaded=replace(original.loaded, model=model),
         plan=_merged(original.plan, decided),

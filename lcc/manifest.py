@@ -40,16 +40,21 @@ def _portable_value(text: str) -> str:
 class Event(Frozen):
     """Something that was done to the network; absolute paths are cut down to names.
 
-    `date` is ISO 8601 in UTC; a `seed` of None is not known. `changed_weights` False: it only measured.
+    `date` is ISO 8601 in UTC; a `seed` of None is not known.
     """
 
+    kind: Literal["convert", "train", "measure"]
     command: Annotated[str, AfterValidator(_portable_line)]
     date: str
     versions: dict[str, str]
     seed: int | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     details: dict[str, Annotated[str, AfterValidator(_portable_value)]] = Field(default_factory=dict)
-    changed_weights: bool = True
+
+    @property
+    def changed_weights(self) -> bool:
+        """Whether what was measured before it is of other weights."""
+        return self.kind != "measure"
 
 
 class Manifest(Frozen):
@@ -78,24 +83,29 @@ class Manifest(Frozen):
         return found
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of what makes a result."""
+    packages = {package: metadata.version(package) for package in PACKAGES}
+    return {"lcc": __version__, "python": platform.python_version(), **packages}
+
+
 def event_now(
+    kind: Literal["convert", "train", "measure"],
     command: str,
     *,
     seed: int | None = None,
     metrics: dict[str, float] | None = None,
     details: dict[str, str] | None = None,
-    changed_weights: bool = True,
 ) -> Event:
     """Return the event that happens now, with the versions of what makes it happen."""
-    versions = {"lcc": __version__, "python": platform.python_version()}
     return Event(
+        kind=kind,
         command=command,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=versions | {package: metadata.version(package) for package in PACKAGES},
+        versions=versions(),
         seed=seed,
         metrics=metrics or {},
         details=details or {},
-        changed_weights=changed_weights,
     )
 
 

@@ -82,13 +82,13 @@ class Network:
     @property
     def is_random(self) -> bool:
         """Whether its weights were never trained, at the source or since: accuracy means nothing."""
-        return self.loaded.source.is_random and not any(map(_trains, self.history))
+        return self.loaded.source.is_random and not any(event.kind == "train" for event in self.history)
 
     @property
     def was_trained_first(self) -> bool:
         """Whether it was trained before it was converted: its source's weights are not its original's."""
         changes = [event for event in self.history if event.changed_weights]
-        return bool(changes) and _trains(changes[0])
+        return bool(changes) and changes[0].kind == "train"
 
 
 def open_network(
@@ -134,11 +134,6 @@ def layer_rows(sites: tuple[Site, ...], plan: Plan, fits: dict[str, Fit]) -> tup
         for site in sites
         if site.name in methods
     )
-
-
-def _trains(event: Event) -> bool:
-    """Whether an event trained the weights; converting changes them too, but evaluates nothing."""
-    return event.changed_weights and ("evaluated_on" in event.details or event.command == "lcc.save")
 
 
 def _open_directory(part: ModelPart, path: Path, *, trust_code: bool, name: str | None) -> Network:

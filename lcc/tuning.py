@@ -57,6 +57,7 @@ def train_network(
     if result.accuracy.top5 is not None:
         metrics["top5"] = result.accuracy.top5
     event = event_now(
+        "train",
         command_line(),
         seed=options.seed,
         metrics=metrics,

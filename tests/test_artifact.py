@@ -26,6 +26,7 @@ SOURCE = Source(id="py:mine:net", weights="none")
 RECIPE_TEXT = 'lcc = 1  # as given\r\n[model]\nsource = "zoo:cifar_resnet20"\n'
 FITS = {"layer1.0.conv1": Fit(how="weights", kernel_error=0.5), "layer1.0.conv2": Fit(how="data", samples=7)}
 DONE = Event(
+    kind="train",
     command="lcc convert",
     date="2026-01-02T03:04:05+00:00",
     versions={"torch": "9.9"},
@@ -470,27 +471,29 @@ def test_a_timm_name_that_points_elsewhere_is_refused(saved, name):
     ],
 )
 def test_an_event_tells_no_absolute_path(text, kept):
-    event = artifact.event_now(text, details={"what": text})
+    event = artifact.event_now("convert", text, details={"what": text})
     assert (event.command, event.details["what"]) == (kept, kept)
 
 
 def test_a_path_with_spaces_is_cut_to_its_name():
-    assert artifact.event_now("x", details={"data": "/home/ann lee/a b.pth"}).details == {"data": "a b.pth"}
+    assert artifact.event_now("convert", "x", details={"data": "/home/ann lee/a b.pth"}).details == {
+        "data": "a b.pth"
+    }
 
 
 def test_an_event_knows_when_and_with_what():
-    event = artifact.event_now("lcc convert", seed=1)
+    event = artifact.event_now("convert", "lcc convert", seed=1)
     assert event.date.endswith("+00:00")
     assert event.versions.keys() == {"lcc", "python", "torch", "torchvision", "timm"}
 
 
 def test_metrics_of_former_weights_are_not_the_networks():
     def event(top1, **options):
-        return artifact.event_now("x", metrics={"top1": top1}, **options)
+        return artifact.event_now("train", "x", metrics={"top1": top1}, **options)
 
     manifest = Manifest(source=SOURCE, preprocessing=SMALL, history=(event(0.5), event(0.6)))
     assert manifest.metrics == {"top1": 0.6}
-    measured = artifact.event_now("x", metrics={"top5": 0.9}, changed_weights=False)
+    measured = artifact.event_now("measure", "x", metrics={"top5": 0.9})
     manifest = Manifest(source=SOURCE, preprocessing=SMALL, history=(event(0.5), measured))
     assert manifest.metrics == {"top1": 0.5, "top5": 0.9}
 

@@ -49,7 +49,7 @@ def test_every_stage_is_measured_on_the_images_that_the_recipe_names(tmp_path, d
     dense = trained(tmp_path / "dense", data)
     other = idx_data(tmp_path / "other", test=9)
     report = run(tmp_path / "out", model=dense, convert=RULES, finetune=tune(data), eval=Evaluate(data=other))
-    assert [(row.accuracy.images, row.data) for row in report.models] == [(9, f"{other}, test")] * 3
+    assert [(row.accuracy.images, row.data) for row in report.models] == [(9, "idx:other, test")] * 3
 
 
 def test_every_stage_is_measured_on_the_share_that_is_held_out(tmp_path, data):
