@@ -137,7 +137,7 @@ def layer_rows(sites: tuple[Site, ...], plan: Plan, fits: dict[str, Fit]) -> tup
 
 
 def _open_directory(part: ModelPart, path: Path, *, trust_code: bool, name: str | None) -> Network:
-    given = part.model_dump(exclude={"source"}, exclude_defaults=True)
+    given = part.model_dump(exclude={"source", "seed"}, exclude_defaults=True)
     if given:
         option = next(iter(given)).replace("_", "-")
         raise SourceError(f"{path} is an lcc directory and says itself what it holds; leave out --{option}")
