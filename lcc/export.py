@@ -153,11 +153,12 @@ def check_file(path: Path, *, force: bool = False) -> None:
     Raises: ArtifactError: it is no file name, it exists (without `force`), or the folder can't be written.
     """
     if path.is_dir() or not path.name:
-        raise ArtifactError(f"{path} is a directory; name a file, such as model.onnx")
+        raise ArtifactError(f"{path} can't be written: it is a directory; name a file, such as model.onnx")
     if path.exists() and not force:
         raise ArtifactError(f"{path} exists; choose another path, or replace it with --force")
-    if not os.access(path.parent, os.W_OK):
-        raise ArtifactError(f"{path} can't be written: {path.parent} is no folder that you can write to")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ArtifactError(f"{path} can't be written: {folder.name} is no folder that you can write to")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from lcc.errors import RecipeError
 from lcc.methods.linear_mix import LinearMix
 from lcc.network import sites_of
 from lcc.plan import Rule
-from lcc.recipe import Calibrate, Evaluate, Finetune, ModelPart, Recipe
+from lcc.recipe import Calibrate, Evaluate, Export, Finetune, ModelPart, Recipe
 from lcc.settings import Settings
 
 NET = ModelPart(source="zoo:cifar_resnet20", weights="none", image_size=(8, 8), num_classes=3)
@@ -110,3 +110,21 @@ def test_what_is_converted_further_is_not_called_the_original(tmp_path):
     again = (Rule(match=("layer2.*",), method=LinearMix()),)
     report = pipeline.convert(ModelPart(source=str(tmp_path / "small")), tmp_path / "more", again, SETTINGS)
     assert [row.name for row in report.models] == ["before", "more"]
+
+
+def test_a_run_exports_into_a_folder_that_is_not_there_yet(tmp_path):
+    report = run(tmp_path / "new" / "out", model=NET, convert=RULES, export=Export())
+    assert (tmp_path / "new" / "out.onnx").is_file()
+    assert "checked in ONNX Runtime" in report.notes[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_demo_keeps_most_of_the_accuracy_and_leaves_its_files(tmp_path):
+    report = pipeline.demo(tmp_path / "demo", SETTINGS)
+    original, converted, tuned = report.models
+    assert original.accuracy.top1 > 90
+    assert tuned.accuracy.top1 > max(converted.accuracy.top1, original.accuracy.top1 - 8)
+    assert tuned.macs < original.macs / 4
+    names = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert names == {"model", "model.onnx", "report.md"}
