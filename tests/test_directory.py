@@ -304,7 +304,7 @@ def test_parents_made_for_a_save_that_failed_are_removed(monkeypatch, tmp_path):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artifact, "save_file", full)
+    monkeypatch.setattr(artifact, "serialize", full)
     with pytest.raises(ArtifactError, match="No space left on device"):
         artifact.save(tiny(1), tmp_path / "runs" / "net")
     assert listing(tmp_path) == {}
