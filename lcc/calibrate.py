@@ -203,7 +203,8 @@ class _TwoStreamNorm:
     def _take_in(self, x: Tensor) -> None:
         dims = [d for d in range(x.ndim) if d != 1]
         values = x.numel() // x.shape[1]
-        seen = (x.mean(dims), x.var(dims, correction=min(1, values - 1)))
+        var, mean = torch.var_mean(x, dims, correction=min(1, values - 1))
+        seen = (mean, var)
         self.count += len(x)
         share = len(x) / self.count
         self.converted = tuple(a.lerp(b.to(a), share) for a, b in zip(self.converted, seen, strict=True))
