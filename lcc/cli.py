@@ -31,17 +31,13 @@ from lcc.options import (
     timing,
     writing,
 )
+from lcc.output import form_of, print_inspection, print_report, print_sheets
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from lcc.comparison import BenchOptions
     from lcc.methods import Method
     from lcc.recipe import ModelPart
-    from lcc.report import Report
     from lcc.settings import Settings
-    from lcc.specs import Frozen
-    from lcc.tables import Sheet
 
 app = typer.Typer(
     name="lcc",
@@ -79,7 +75,7 @@ def methods(*, as_json: AsJson = False) -> None:
 
         typer.echo(json.dumps({name: kind.model_json_schema() for name, kind in METHODS.items()}, indent=2))
     else:
-        _print([methods_sheet(METHODS)])
+        print_sheets([methods_sheet(METHODS)])
 
 
 @app.command()
@@ -90,7 +86,7 @@ def inspect(
     """Show every convolution, what can take it or why not, and what all of it would gain."""
     from lcc import pipeline
 
-    _print_inspection(pipeline.inspect(part, _method(method), settings), as_json=as_json)
+    print_inspection(pipeline.inspect(part, _method(method), settings), as_json=as_json)
 
 
 @app.command()
@@ -125,12 +121,12 @@ def convert(
         calibration = checked(Calibrate, data=calibrate, images=images, seed=part.seed)
     if dry_run:
         plan = pipeline.plan(part, rules, settings, calibration=calibration)
-        _print_inspection(plan, as_json=as_json)
+        print_inspection(plan, as_json=as_json)
         return
     if out is None:
         raise RecipeError("say where to put the result: -o DIR (or --dry-run to write nothing)")
     report = pipeline.convert(part, out, rules, settings, calibration=calibration)
-    _print_report(report, _form(as_json=as_json))
+    print_report(report, form_of(as_json=as_json))
 
 
 @app.command()
@@ -170,7 +166,7 @@ def finetune(
         resume=resume,
         workers=workers,
     )
-    _print_report(report, _form(as_json=as_json))
+    print_report(report, form_of(as_json=as_json))
 
 
 @app.command(name="eval")
@@ -219,7 +215,7 @@ def report(
     """Put networks side by side: parameters, MACs, bytes, accuracy, measured latency."""
     from lcc import pipeline
 
-    form = _form(as_json=as_json, as_csv=as_csv, as_md=as_md)
+    form = form_of(as_json=as_json, as_csv=as_csv, as_md=as_md)
     parts = tuple(either(source, arch, weights, num_classes) for source in sources)
     first = None
     if original is not None:
@@ -227,7 +223,7 @@ def report(
         is_bare_file = Path(original).is_file() and arch is None
         first = pipeline.teacher_part(original, parts[0]) if is_bare_file else named
     timed = replace(options, layers=layers) if latency else None
-    _print_report(pipeline.report(parts, settings, original=first, text=data, options=timed), form)
+    print_report(pipeline.report(parts, settings, original=first, text=data, options=timed), form)
 
 
 @app.command()
@@ -253,7 +249,7 @@ def bench(
     if as_json:
         typer.echo("[" + ",\n".join(result.model_dump_json(indent=2) for result in results) + "]")
     else:
-        _print([bench_sheet(result) for result in results])
+        print_sheets([bench_sheet(result) for result in results])
 
 
 @app.command()
@@ -310,7 +306,7 @@ def run(
         workers=workers,
         options=BenchOptions() if latency else None,
     )
-    _print_report(report, _form(as_json=as_json))
+    print_report(report, form_of(as_json=as_json))
 
 
 @app.command()
@@ -325,7 +321,7 @@ def demo(
     from lcc import pipeline
 
     report = pipeline.demo(out, replace(settings, device="cpu", force=True))
-    _print_report(report, _form(as_json=as_json))
+    print_report(report, form_of(as_json=as_json))
 
 
 def main() -> None:
@@ -362,49 +358,3 @@ def _method(text: str) -> "Method":
     from lcc.recipe import method_from_text
 
     return method_from_text(text)
-
-
-def _form(*, as_json: bool = False, as_csv: bool = False, as_md: bool = False) -> Form:
-    chosen: list[Form] = [form for form, on in (("json", as_json), ("csv", as_csv), ("md", as_md)) if on]  # type: ignore[misc]  # a literal each
-    if len(chosen) > 1:
-        raise RecipeError("--json, --csv and --md exclude each other; leave one")
-    return chosen[0] if chosen else "table"
-
-
-def _print_report(value: "Report", form: Form) -> None:
-    from lcc import report as reports
-    from lcc.tables import report_sheets, to_markdown
-
-    if form == "json":
-        typer.echo(reports.to_json(value))
-    elif form == "csv":
-        layers = reports.layers_to_csv(value)
-        typer.echo(reports.to_csv(value) + (f"\n{layers}" if layers else ""), nl=False)
-    elif form == "md":
-        typer.echo(to_markdown(report_sheets(value)))
-    else:
-        _print(report_sheets(value))
-
-
-def _print_inspection(value: Any, *, as_json: bool) -> None:
-    from lcc.inspection import inspection_sheet
-
-    if as_json:
-        typer.echo(_json(value))
-    else:
-        _print([inspection_sheet(value)])
-
-
-def _json(value: "Frozen") -> str:
-    return value.model_dump_json(indent=2)
-
-
-def _print(sheets: "Sequence[Sheet]") -> None:
-    from rich.console import Console
-
-    from lcc.tables import to_rich
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200  # a file or a pipe has no edge to wrap at
-    console.print(to_rich(sheets))
