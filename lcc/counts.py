@@ -69,11 +69,6 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_buffers(model: nn.Module) -> int:
-    """Return how many numbers there are in buffers (running statistics, say), each shared one once."""
-    return sum(buffer.numel() for buffer in model.buffers())
-
-
 def count_macs(model: nn.Module, example: Tensor, methods: Mapping[str, Method] | None = None) -> MacCount:
     """Count by running the model on the first image of `example` (N, C, H, W) in eval mode.
 

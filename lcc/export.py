@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from lcc import __version__
 from lcc.errors import ArtifactError, CheckFailedError, RecipeError, SourceError
+from lcc.manifest import FORMAT
 from lcc.methods import LowCostOp
 from lcc.onnx_channels import split_multipliers
 from lcc.onnx_graph import drop_unused, fold_batch_norms, order_sums, strip, to_half
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from lcc.onnx_runtime import Array
     from lcc.plan import Plan
 
-FORMAT = "lcc/1"
 INPUT, OUTPUT = "input", "output"
 MIN_OPSET = 18  # the exporter's own; it can't go below
 BATCHES = (1, 3)  # checked; the example has 2, so a batch frozen at export shows

@@ -170,13 +170,6 @@ def bench_layers(
     )
 
 
-def size_on_disk(path: Path) -> int:
-    """Return the bytes of a file, or of all files below a directory."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
 def device_name(device: Device) -> str:
     """Return what the processor or the GPU calls itself."""
     if device == "cuda":

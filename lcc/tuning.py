@@ -69,6 +69,7 @@ def train_network(
             if result.teacher is None
             else f"{teacher.name if teacher else ''} ({result.teacher})",
             "threads": str(torch.get_num_threads()),
+            **({} if result.best_epoch is None else {"best_epoch": str(result.best_epoch)}),
             "top1_by_epoch": " ".join(f"{epoch.accuracy.top1:.2f}" for epoch in result.history),
         },
     )

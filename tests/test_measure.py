@@ -5,7 +5,7 @@ from torch import nn
 
 from lcc import measure
 from lcc.errors import RecipeError
-from lcc.measure import bench_layers, bench_onnx, bench_torch, size_on_disk
+from lcc.measure import bench_layers, bench_onnx, bench_torch
 from lcc.methods.linear_mix import LinearMix
 from lcc.plan import Group, Plan, Site
 from lcc.specs import ConvSpec, Size
@@ -93,10 +93,3 @@ def test_sites_alike_are_timed_once(monkeypatch):
 def test_a_plan_without_a_layer_to_time_is_refused():
     with pytest.raises(RecipeError, match="no layer to time"):
         bench_layers(SITES, Plan(), onnx=False)
-
-
-def test_the_size_on_disk_is_that_of_the_file_or_of_all_files_below(tmp_path):
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "a").write_bytes(b"12345")
-    (tmp_path / "deep" / "b").write_bytes(b"123")
-    assert (size_on_disk(tmp_path / "a"), size_on_disk(tmp_path)) == (5, 8)

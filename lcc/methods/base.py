@@ -88,7 +88,6 @@ class Method(Frozen, ABC):
     """A frozen configuration: its fields are the hyperparameters that a recipe sets and a manifest keeps."""
 
     name: str
-    title: ClassVar[str]
     formula: ClassVar[str]
     paper: ClassVar[str]
     kinds: ClassVar[frozenset[SiteKind]]

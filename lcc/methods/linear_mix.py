@@ -32,7 +32,6 @@ RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
 class LinearMix(Method):
     """Configuration of a LinearMix convolution."""
 
-    title: ClassVar[str] = "LinearMix: depthwise (or grouped, or sparse-stencil) plus pointwise"
     formula: ClassVar[str] = "y = K_dw x + M x; params k^2 c g + c^2; MACs the same per output pixel"
     paper: ClassVar[str] = "arXiv:1805.07821 eq. (7); LeanConvNets arXiv:1910.13157"
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({"conv"})
@@ -246,8 +245,6 @@ class LinearMixOp(LowCostOp):
                 padding=self._branch_padding(self.kernel_size),
                 groups=self.channel_groups,
                 bias=False,
-                device=self.spatial.weight.device,
-                dtype=self.spatial.weight.dtype,
             )
             plain.weight = nn.Parameter(self.spatial.kernel().detach())
             self.spatial = plain

@@ -108,7 +108,7 @@ class ArrowGram:
         never less than what rounding did to the moments: with few samples, or regressors that nearly depend
         on each other, they would not be positive definite.
         """
-        # numpy and scipy, not torch: torch's LAPACK was seen to hang with two threads (MKL, 2026-11).
+        # numpy and scipy, not torch: its batched LU gave MKL errors and no result on two threads (2026-11).
         shared, cross, private, wanted_common, wanted_private, start_common, start_private = (
             tensor.cpu().numpy()
             for tensor in (
