@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lcc.errors import DataError
-from lcc.methods import Fit, LowCostOp
+from lcc.methods import Fit, LinearOp, LowCostOp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,14 +45,14 @@ class Calibration(NamedTuple):
     chunks: int
 
 
-def project_(model: nn.Module, originals: dict[str, nn.Conv2d]) -> dict[str, Fit]:
+def project_(model: nn.Module, originals: dict[str, nn.Module]) -> dict[str, Fit]:
     """Give every operator the weights closest to its original's, without data; return the fits."""
     return {name: _operator(model, name).project_(conv) for name, conv in originals.items()}
 
 
 def calibrate_(
     model: nn.Module,
-    originals: dict[str, nn.Conv2d],
+    originals: dict[str, nn.Module],
     sites: tuple[Site, ...],
     images: Tensor,
     *,
@@ -63,6 +63,8 @@ def calibrate_(
     The model is left in eval mode. `on_site` is called with each new fit.
     """
     model.eval()
+    for original in originals.values():
+        original.eval()
     projected = project_(model, originals)
     norms = {site.name: site.norm for site in sites}
     streams = [
@@ -87,7 +89,7 @@ class _Stream:
     def __init__(
         self,
         operator: LowCostOp,
-        original: nn.Conv2d,
+        original: nn.Module,
         name: str,
         *,
         norm: str | None,
@@ -96,7 +98,6 @@ class _Stream:
         self.operator, self.original, self.name = operator, original, name
         self.has_norm = norm is not None
         self.start = {key: value.clone() for key, value in operator.state_dict().items()}
-        self.start_norms = operator.weight_norms()
         self.statistics: Statistics = operator.statistics(free_means=self.has_norm)
         self.was_called = False
         self.fit: Fit | None = None
@@ -130,6 +131,8 @@ class _Stream:
         does not depend on it, but the effective learning rate of fine-tuning does.
         """
         self.operator.load_state_dict(self.start)
+        linear = self.operator if self.has_norm and isinstance(self.operator, LinearOp) else None
+        start_norms = None if linear is None else linear.weight_norms()
         try:
             self.fit = self.operator.fit_(self.statistics)
         except ValueError as error:  # scipy's word for NaN and infinity
@@ -137,9 +140,9 @@ class _Stream:
                 f"the activations at {self.name} are no finite numbers on these images; look at --mean and "
                 "--std, and at the weights"
             ) from error
-        if self.has_norm:
-            norms = self.operator.weight_norms()
-            self.operator.scale_(torch.where(norms > 0, self.start_norms / norms.clamp_min(1e-30), 1.0))
+        if linear is not None and start_norms is not None:
+            norms = linear.weight_norms()
+            linear.scale_(torch.where(norms > 0, start_norms / norms.clamp_min(1e-30), 1.0))
         if self.on_site is not None:
             self.on_site(self.name, self.fit)
 
@@ -163,11 +166,15 @@ def _in_chunks(model: nn.Module, streams: list[_Stream], images: Tensor, chunk: 
 def _run_two_streams(
     model: nn.Module, forwards: dict[LowCostOp, Callable[[Tensor], Tensor]], parts: tuple[Tensor, ...]
 ) -> None:
-    """Send every part through as [original; converted]; set the BatchNorms for which the halves differ."""
+    """Send every part through as [original; converted]; set the BatchNorms for which the halves differ.
+
+    Those inside an operator are its own affair: it sees one half only.
+    """
+    inside = {module for operator in forwards for module in operator.modules()}
     with ExitStack() as stack:
         for operator, forward in forwards.items():
             stack.enter_context(_forward_as(operator, forward))
-        for norm in [module for module in model.modules() if isinstance(module, _BatchNorm)]:
+        for norm in [m for m in model.modules() if isinstance(m, _BatchNorm) and m not in inside]:
             running = norm.running_mean is not None
             stack.enter_context(
                 _forward_as(norm, _TwoStreamNorm(norm) if running else partial(_each_half, norm))

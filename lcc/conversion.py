@@ -50,7 +50,7 @@ def convert_network(
 
 def _fit_(
     model: nn.Module,
-    originals: dict[str, nn.Conv2d],
+    originals: dict[str, nn.Module],
     sites: tuple[Site, ...],
     original: Network,
     calibration: Calibrate,

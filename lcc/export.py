@@ -208,7 +208,7 @@ def _run_and_lower_(network: nn.Module, images: list[Tensor]) -> list[list[Array
         handle.remove()
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if isinstance(module, LowCostOp) and module in sizes:
-            network.set_submodule(name, module.lower(sizes[module]))
+            network.set_submodule(name, module.lowerings(sizes[module])[0].module)
     return outputs
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lcc.errors import RecipeError
 from lcc.export import export_graph
 from lcc.onnx_runtime import Device, Session
-from lcc.specs import ConvSpec, Frozen, Size
+from lcc.specs import ConvSpec, Frozen, Size, StepSpec
 from lcc.timing import ROUNDS, RUNS, Latency, Speedup, interleave
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def bench_layers(
     has nothing to fuse with and pays for its own memory layout, so the sum is not the network's time.
     """
     methods = plan.methods()
-    timed: dict[tuple[ConvSpec, Size, Method], LayerLatency] = {}
+    timed: dict[tuple[ConvSpec | StepSpec, Size, Method], LayerLatency] = {}
     layers: dict[str, LayerLatency] = {}
     conditions = None
     for site in sites:
@@ -181,13 +181,20 @@ def device_name(device: Device) -> str:
 
 
 def _bench_pair(
-    spec: ConvSpec, size: Size, method: Method, *, onnx: bool, batch: int, threads: int, rounds: int
+    spec: ConvSpec | StepSpec,
+    size: Size,
+    method: Method,
+    *,
+    onnx: bool,
+    batch: int,
+    threads: int,
+    rounds: int,
 ) -> Bench:
     example = torch.randn(batch, spec.in_channels, size.height, size.width)
     pair: dict[str, nn.Module] = {"before": _dense(spec), "after": method.build(spec)}
     if not onnx:
         return bench_torch(pair, example, threads=threads, rounds=rounds)
-    pair["after"] = method.build(spec).lower(size)
+    pair["after"] = method.build(spec).lowerings(size)[0].module
     two = torch.randn(2, *example.shape[1:])  # a batch of one would be frozen
     files = {
         name: ir.to_proto(export_graph(module.eval(), two, LAYER_OPSET)).SerializeToString()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Literal
-
 from lcc.errors import NothingToConvertError, RecipeError
-from lcc.methods import AnyMethod, Method
-from lcc.specs import ConvSpec, Cost, Frozen, Size
+from lcc.methods import AnyMethod, Method, SiteKind
+from lcc.specs import ConvSpec, Cost, Frozen, Size, StepSpec
 
 DENSE_BY_RULE = "kept dense by a rule (or --exclude)"
 NO_RULE = "named by no rule (or --include)"
@@ -22,8 +20,8 @@ class Site(Frozen):
     """
 
     name: str
-    kind: Literal["conv"] = "conv"
-    spec: ConvSpec
+    kind: SiteKind = "conv"
+    spec: ConvSpec | StepSpec
     sizes: tuple[Size, ...] = ()
     aliases: tuple[str, ...] = ()
     norm: str | None = None

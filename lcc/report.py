@@ -12,7 +12,7 @@ from typing import Any
 from lcc.evaluation import Accuracy
 from lcc.measure import Conditions, LayerLatency
 from lcc.methods import Fit
-from lcc.specs import ConvSpec, Cost, Frozen, Size
+from lcc.specs import ConvSpec, Cost, Frozen, Size, StepSpec
 from lcc.timing import Latency, Speedup
 
 
@@ -23,7 +23,7 @@ class LayerRow(Frozen):
     """
 
     site: str
-    spec: ConvSpec
+    spec: ConvSpec | StepSpec
     size: Size
     method: str
     before: Cost

@@ -1,10 +1,12 @@
-"""The vocabulary: frozen descriptions of convolutions and costs. No torch here."""
+"""The vocabulary: frozen descriptions of convolutions, residual steps and costs. No torch here."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+
+Activation = Literal["relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu"]
 
 
 class Frozen(BaseModel):
@@ -105,3 +107,46 @@ class ConvSpec(Frozen):
         if self.groups != 1:
             text += f" groups {self.groups}"
         return text
+
+
+class StepSpec(Frozen):
+    """A residual step post(x + F(x)) on (N, C, H, W), identity skip, stride 1: what F is made of.
+
+    `convs` are F's convolutions in order of call, `squeeze` those of them that see a map pooled to 1x1
+    (squeeze-and-excitation). `norm_params` counts what its normalisations store. `activation` is the one
+    inside F, `post` the one after the sum. `pre_norm`: F starts with its normalisation (pre-activation).
+    """
+
+    channels: int
+    convs: tuple[ConvSpec, ...]
+    squeeze: tuple[ConvSpec, ...] = ()
+    norm_params: int = 0
+    activation: Activation | None = "relu"
+    post: Activation | None = None
+    pre_norm: bool = False
+    norm_eps: float = 1e-5
+    norm_momentum: float | None = 0.1
+    drop_path: float = 0.0
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """The largest kernel in F, (kh, kw)."""
+        return max((conv.kernel_size for conv in self.convs), key=lambda kernel: kernel[0] * kernel[1])
+
+    @property
+    def params(self) -> int:
+        """How many parameters the step has, normalisations included."""
+        return sum(conv.params for conv in (*self.convs, *self.squeeze)) + self.norm_params
+
+    def out_size(self, size: Size) -> Size:
+        """Size of the output: the input's."""
+        return size
+
+    def cost(self, size: Size) -> Cost:
+        """Cost of the step itself on one image of this size."""
+        one = Size(height=1, width=1)
+        macs = sum(conv.cost(size).macs for conv in self.convs)
+        return Cost(params=self.params, macs=macs + sum(conv.cost(one).macs for conv in self.squeeze))
+
+    def __str__(self) -> str:
+        return f"step {self.channels}: {', '.join(str(conv) for conv in self.convs)}"

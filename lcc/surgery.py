@@ -76,7 +76,7 @@ def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
     )
 
 
-def replace_(model: nn.Module, plan: Plan) -> dict[str, nn.Conv2d]:
+def replace_(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """Replace, in place, every site of the plan by a freshly initialised operator; return the originals.
 
     A convolution registered under two parents becomes one operator under both. The operator takes over
@@ -84,7 +84,7 @@ def replace_(model: nn.Module, plan: Plan) -> dict[str, nn.Conv2d]:
     Raises: RecipeError: the plan names a site that this model does not have, or can't be replaced.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    originals: dict[str, nn.Conv2d] = {}
+    originals: dict[str, nn.Module] = {}
     replacements: dict[nn.Module, LowCostOp] = {}
     for site, method in plan.methods().items():
         conv = modules.get(site)

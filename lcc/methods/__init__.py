@@ -7,12 +7,23 @@ from typing import Annotated, Any
 
 from pydantic import PlainValidator, SerializeAsAny
 
-from lcc.methods.base import Fit, LowCostOp, Method, Statistics
+from lcc.methods.base import Fit, LinearOp, LowCostOp, Lowering, Method, SiteKind, Statistics
 from lcc.methods.linear_mix import LinearMix
 
 METHODS: dict[str, type[Method]] = {"linear_mix": LinearMix}
 
-__all__ = ["METHODS", "AnyMethod", "Fit", "LowCostOp", "Method", "Statistics", "parse_method"]
+__all__ = [
+    "METHODS",
+    "AnyMethod",
+    "Fit",
+    "LinearOp",
+    "LowCostOp",
+    "Lowering",
+    "Method",
+    "SiteKind",
+    "Statistics",
+    "parse_method",
+]
 
 
 def parse_method(value: Any) -> Method:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from lcc.specs import ConvSpec, Cost, Frozen, Size
+from lcc.specs import ConvSpec, Cost, Frozen, Size, StepSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SiteKind = Literal["conv"]
+SiteKind = Literal["conv", "step"]
+Spec = Any  # a ConvSpec or a StepSpec: a method is asked only about the kinds of site that it takes
 
 
 class Fit(Frozen):
@@ -37,31 +39,51 @@ class Statistics(Protocol):
         """Take in (N, C_in, H, W) inputs and the (N, C_out, H', W') outputs the original gave for its own."""
 
 
-class LowCostOp(nn.Module, ABC):
-    """The module that stands in for a convolution: (N, C_in, H, W) -> (N, C_out, H', W').
+def as_conv(module: nn.Module) -> nn.Conv2d:
+    """Return the module; raises: TypeError: it is no convolution."""
+    if not isinstance(module, nn.Conv2d):
+        raise TypeError(f"a {type(module).__name__} is no convolution")
+    return module
 
-    Carries the attributes that host networks read off a convolution.
+
+class Lowering(NamedTuple):
+    """An operator in operations that ONNX Runtime runs well, for frozen weights and one input size.
+
+    `how` says in words what was done, "" where nothing is to be said. `relative_error` is how far it may be
+    from the operator itself: |lowered - exact| / |exact|, estimated.
     """
 
-    def __init__(self, spec: ConvSpec) -> None:
+    module: nn.Module
+    how: str = ""
+    relative_error: float = 0.0
+
+
+class LowCostOp(nn.Module, ABC):
+    """The module that stands in for a convolution or a residual step: (N, C_in, H, W) -> (N, C_out, H', W').
+
+    In place of a convolution it carries the attributes that host networks read off one.
+    """
+
+    def __init__(self, spec: ConvSpec | StepSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.in_channels = spec.in_channels
-        self.out_channels = spec.out_channels
-        self.kernel_size = spec.kernel_size
-        self.stride = spec.stride
-        self.padding = spec.padding
-        self.dilation = spec.dilation
-        self.groups = spec.groups
-        self.padding_mode = spec.padding_mode
+        if isinstance(spec, ConvSpec):
+            self.in_channels = spec.in_channels
+            self.out_channels = spec.out_channels
+            self.kernel_size = spec.kernel_size
+            self.stride = spec.stride
+            self.padding = spec.padding
+            self.dilation = spec.dilation
+            self.groups = spec.groups
+            self.padding_mode = spec.padding_mode
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, C_out, H', W') for x (N, C_in, H, W)."""
 
     @abstractmethod
-    def project_(self, conv: nn.Conv2d) -> Fit:
-        """Take on the member of the family closest to `conv`, from its weights alone."""
+    def project_(self, original: nn.Module) -> Fit:
+        """Take on the family's member closest to `original`, or a stated start, from its weights alone."""
 
     @abstractmethod
     def statistics(self, *, free_means: bool) -> Statistics:
@@ -72,16 +94,35 @@ class LowCostOp(nn.Module, ABC):
         """Take on the weights that reproduce the outputs best; call `project_` first, it is the start."""
 
     @abstractmethod
+    def lowerings(self, size: Size) -> tuple[Lowering, ...]:
+        """Return the ways to run it in ONNX Runtime on inputs of this size; the fastest is measured.
+
+        None of them shares a module with the operator where it changes one.
+        """
+
+    def warning(self) -> str | None:
+        """Return in words what a user should know of the present weights; None if nothing."""
+        return None
+
+
+class LinearOp(LowCostOp):
+    """An operator that is linear in its input: a convolution with a structured kernel, plus a bias."""
+
+    spec: ConvSpec
+
+    @abstractmethod
+    def dense_kernel(self) -> Tensor:
+        """Return the equivalent dense kernel, (C_out, C_in, kh, kw)."""
+
+    @abstractmethod
     def scale_(self, factor: Tensor) -> None:
         """Multiply the output by `factor`, one number per output channel, by way of the weights."""
 
-    @abstractmethod
+    @torch.no_grad()
     def weight_norms(self) -> Tensor:
-        """Return the Euclidean norm of each output channel's weights, (C_out,)."""
-
-    @abstractmethod
-    def lower(self, size: Size) -> nn.Module:
-        """Return the same function in operations that ONNX Runtime runs well, for inputs of this size."""
+        """Return the Euclidean norm of each output channel's equivalent dense kernel, (C_out,)."""
+        norms: Tensor = torch.linalg.vector_norm(self.dense_kernel(), dim=(1, 2, 3))
+        return norms
 
 
 class Method(Frozen, ABC):
@@ -91,17 +132,18 @@ class Method(Frozen, ABC):
     formula: ClassVar[str]
     paper: ClassVar[str]
     kinds: ClassVar[frozenset[SiteKind]]
+    by_name_only: ClassVar[frozenset[SiteKind]] = frozenset()  # kinds taken only where a rule spells one out
 
     @abstractmethod
-    def why_not(self, spec: ConvSpec) -> str | None:
+    def why_not(self, spec: Spec) -> str | None:
         """Return in words why this can't stand in for `spec`; None if it can."""
 
     @abstractmethod
-    def cost(self, spec: ConvSpec, size: Size) -> Cost:
+    def cost(self, spec: Spec, size: Size) -> Cost:
         """Return the exact cost of the operator for one image of this size."""
 
     @abstractmethod
-    def build(self, spec: ConvSpec) -> LowCostOp:
+    def build(self, spec: Spec) -> LowCostOp:
         """Return the operator with freshly initialised weights."""
 
     def hyperparameters(self) -> Iterator[tuple[str, object]]:

@@ -6,6 +6,7 @@ convolution whose kernel is zero wherever a tap is neither at the centre nor ins
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -13,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcc.methods.base import Fit, LowCostOp, Method, SiteKind
+from lcc.methods.base import Fit, LinearOp, Lowering, Method, SiteKind, as_conv
 from lcc.ops.fit import ArrowGram, ArrowWeights, relative_error
 from lcc.specs import ConvSpec, Cost, Size
 
@@ -108,7 +109,7 @@ class CrossConv2d(nn.Conv2d):
         return y
 
 
-class LinearMixOp(LowCostOp):
+class LinearMixOp(LinearOp):
     """K x + M x as two convolutions: `spatial` (grouped) and `pointwise` (1x1, carries the bias)."""
 
     def __init__(self, method: LinearMix, spec: ConvSpec) -> None:
@@ -169,8 +170,9 @@ class LinearMixOp(LowCostOp):
         return dense
 
     @torch.no_grad()
-    def project_(self, conv: nn.Conv2d) -> Fit:
+    def project_(self, original: nn.Module) -> Fit:
         """Take on the closest member of the family: the mask of the dense kernel (methods, eq. 7)."""
+        conv = as_conv(original)
         dense = conv.weight.detach()
         self._set_pointwise(dense[:, :, self.kernel_size[0] // 2, self.kernel_size[1] // 2])
         rows, columns = self._group_index(dense.device)
@@ -227,16 +229,11 @@ class LinearMixOp(LowCostOp):
         if self.bias is not None:
             self.bias.mul_(factor)
 
-    @torch.no_grad()
-    def weight_norms(self) -> Tensor:
-        """Return the norm of each output channel's equivalent dense kernel, (C_out,)."""
-        norms: Tensor = torch.linalg.vector_norm(self.dense_kernel(), dim=(1, 2, 3))
-        return norms
-
-    def lower(self, size: Size) -> nn.Module:  # noqa: ARG002  # the same at every size
+    def lowerings(self, size: Size) -> tuple[Lowering, ...]:  # noqa: ARG002  # the same at every size
         """Return two plain convolutions and a sum; a cross becomes a square kernel with empty corners."""
+        lowered = copy.deepcopy(self)
         if isinstance(self.spatial, CrossConv2d):
-            plain = nn.Conv2d(
+            lowered.spatial = nn.Conv2d(
                 self.in_channels,
                 self.out_channels,
                 self.kernel_size,
@@ -246,9 +243,8 @@ class LinearMixOp(LowCostOp):
                 groups=self.channel_groups,
                 bias=False,
             )
-            plain.weight = nn.Parameter(self.spatial.kernel().detach())
-            self.spatial = plain
-        return self
+            lowered.spatial.weight = nn.Parameter(self.spatial.kernel().detach())
+        return (Lowering(lowered),)
 
     def _branch_margin(self, kernel: tuple[int, int]) -> tuple[int, int]:
         """How far a centred branch kernel reaches beyond the image; negative: it stays inside."""
