@@ -20,7 +20,7 @@ from lcc.errors import RecipeError
 from lcc.export import export_graph
 from lcc.onnx_runtime import Device, Session
 from lcc.specs import ConvSpec, Frozen, Size, StepSpec
-from lcc.timing import ROUNDS, RUNS, Latency, Speedup, interleave
+from lcc.timing import ROUNDS, RUNS, Latency, Speedup, interleave, seconds_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -170,6 +170,23 @@ def bench_layers(
     )
 
 
+def layer_file(layer: nn.Module, example: Tensor) -> bytes:
+    """Return a lowered layer (put in eval mode) as an ONNX file for inputs like `example` (N, C, H, W).
+
+    Raises: CheckFailedError: the exporter can't do it.
+    """
+    two = torch.randn(2, *example.shape[1:])  # a batch of one would be frozen
+    return ir.to_proto(export_graph(layer.eval(), two, LAYER_OPSET)).SerializeToString()
+
+
+def one_run(model: nn.Module, example: Tensor, *, threads: int = 1, device: Device = "cpu") -> float:
+    """Return the seconds of one run in eager torch, after one that is not timed: to plan by, no result."""
+    on_device, ready = example.to(device), copy.deepcopy(model).to(device).eval()
+    with _torch_threads(threads), torch.inference_mode():
+        ready(on_device)
+        return seconds_of(_torch_call(ready, on_device), _wait(device))
+
+
 def device_name(device: Device) -> str:
     """Return what the processor or the GPU calls itself."""
     if device == "cuda":
@@ -195,11 +212,7 @@ def _bench_pair(
     if not onnx:
         return bench_torch(pair, example, threads=threads, rounds=rounds)
     pair["after"] = method.build(spec).lowerings(size)[0].module
-    two = torch.randn(2, *example.shape[1:])  # a batch of one would be frozen
-    files = {
-        name: ir.to_proto(export_graph(module.eval(), two, LAYER_OPSET)).SerializeToString()
-        for name, module in pair.items()
-    }
+    files = {name: layer_file(module, example) for name, module in pair.items()}
     return bench_onnx(files, batch=batch, threads=threads, rounds=rounds)
 
 

@@ -66,7 +66,7 @@ def interleave(
     for _ in range(rounds):
         for name, call in calls.items():
             call()
-            times[name].append([_seconds(call, wait) for _ in range(RUNS)])
+            times[name].append([seconds_of(call, wait) for _ in range(RUNS)])
     baseline, *others = times
     medians = {name: np.median(per_round, axis=1) for name, per_round in times.items()}
     latencies = {name: _latency(np.concatenate(per_round)) for name, per_round in times.items()}
@@ -76,14 +76,15 @@ def interleave(
 def _warm_up(call: Call, wait: Call) -> None:
     times: list[float] = []
     while len(times) < WARM_UP_RUNS and (len(times) < 3 or sum(times) < WARM_UP_SECONDS):
-        times.append(_seconds(call, wait))
+        times.append(seconds_of(call, wait))
         if len(times) >= 6:
             before, now = statistics.median(times[-6:-3]), statistics.median(times[-3:])
             if abs(now - before) <= STABLE * before:
                 return
 
 
-def _seconds(call: Call, wait: Call) -> float:
+def seconds_of(call: Call, wait: Call) -> float:
+    """Return the seconds of one call; `wait` returns when the device has finished."""
     wait()
     start = time.perf_counter()
     call()
