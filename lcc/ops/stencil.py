@@ -1,0 +1,43 @@
+"""Depthwise stencils with zeros outside the image, their true adjoint, and how much they can amplify.
+
+A stencil is (C, kh, kw) with odd kh and kw, one for each channel, in torch's cross-correlation convention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+GRID = 64  # frequencies at which a symbol's maximum is sought: 0.1 % below it for 3x3, 2 % for 11x11
+
+
+def depthwise(x: Tensor, stencil: Tensor) -> Tensor:
+    """Return K x: each channel of x (N, C, H, W) under its stencil (C, kh, kw), zeros outside."""
+    kh, kw = stencil.shape[1:]
+    return F.conv2d(x, stencil[:, None], padding=(kh // 2, kw // 2), groups=len(stencil))
+
+
+def depthwise_adjoint(x: Tensor, stencil: Tensor) -> Tensor:
+    """Return K^T x: <K^T x, y> = <x, K y> for all y. It is the stencil turned by 180 degrees."""
+    return depthwise(x, stencil.flip(1, 2))
+
+
+def periodic_grid(stencil: Tensor, height: int, width: int) -> Tensor:
+    """Return the response of the periodic stencil to a delta at pixel (0, 0), up to reflection: (C, H, W).
+
+    The centre tap lands on pixel (0, 0); taps that reach beyond the image wrap around and add up.
+    """
+    channels, kh, kw = stencil.shape
+    device = stencil.device
+    rows = (torch.arange(kh, device=device) - kh // 2) % height
+    columns = (torch.arange(kw, device=device) - kw // 2) % width
+    index = (torch.arange(channels, device=device)[:, None, None], rows[:, None], columns)
+    return stencil.new_zeros(channels, height, width).index_put(index, stencil, accumulate=True)
+
+
+@torch.no_grad()
+def gain(stencil: Tensor) -> Tensor:
+    """Return max |k^|^2 of each stencil over all frequencies, (C,): the largest eigenvalue of K^T K."""
+    symbol = torch.fft.rfft2(periodic_grid(stencil.double(), GRID, GRID)).abs().square()
+    return symbol.amax((1, 2))
