@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from lcc.methods import LowCostOp, Method
 
 # Parameters, but no multiply-accumulates by convention.
-FREE = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU)
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+FREE = (*NORMS, nn.PReLU)
 # Ops that fvcore counts and this convention does not.
 FREE_OPS = (
     "batch_norm",
@@ -151,3 +152,9 @@ def _eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def count_norm_params(model: nn.Module) -> int:
+    """Return how many of the parameters are BatchNorm's and other norms', which papers often leave out."""
+    norms = (module for module in model.modules() if isinstance(module, NORMS))
+    return sum(p.numel() for p in {p for norm in norms for p in norm.parameters(recurse=False)})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lcc import artifact, models
-from lcc.counts import count_macs, count_params
+from lcc.counts import count_macs, count_norm_params, count_params
 from lcc.directory import WEIGHTS
 from lcc.errors import SourceError
 from lcc.plan import Plan, Site
@@ -67,6 +67,7 @@ class Network:
             source=self.loaded.source.id,
             random_weights=self.is_random,
             params=count_params(model),
+            norm_params=count_norm_params(model),
             macs=count.macs,
             flops=count.flops,
             uncounted=(*count.uncounted, *count.never_called),

@@ -41,6 +41,7 @@ class LayerRow(Frozen):
 class ModelRow(Frozen):
     """A network: where its weights are from, what it costs, how good and how fast it is.
 
+    `norm_params` of `params` are those of BatchNorm and other norms, which papers often leave out.
     `macs`, and `flops`, two per MAC, are for one image; `uncounted` names modules whose MACs are not in them.
     Speed-ups are over the report's first model. `history` says in lines what was done to it.
     """
@@ -49,6 +50,7 @@ class ModelRow(Frozen):
     source: str
     random_weights: bool
     params: int
+    norm_params: int
     macs: int
     flops: int
     uncounted: tuple[str, ...] = ()
@@ -88,6 +90,7 @@ def to_csv(report: Report) -> str:
             "source": model.source,
             "random_weights": model.random_weights,
             "params": model.params,
+            "norm_params": model.norm_params,
             "macs": model.macs,
             "flops": model.flops,
             "uncounted": " ".join(model.uncounted),

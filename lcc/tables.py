@@ -138,6 +138,11 @@ def _lines(models: Sequence[ModelRow]) -> Iterator[tuple[str, Line]]:
             lambda m, _: (Cell("RANDOM WEIGHTS", BAD) if m.random_weights else Cell("trained"), BLANK),
         )
     yield "parameters", _ratio_line(lambda m: m.params, "{:,}".format, "fewer", "more")
+    if any(m.norm_params for m in models):
+        yield (
+            "  norms left out",
+            _ratio_line(lambda m: m.params - m.norm_params, "{:,}".format, "fewer", "more"),
+        )
     yield "MACs per image", _ratio_line(lambda m: m.macs, lambda n: si(n, 4), "fewer", "more")
     yield "FLOPs (2 per MAC)", _ratio_line(lambda m: m.flops, lambda n: si(n, 4), "fewer", "more")
     yield "size on disk", _ratio_line(lambda m: m.size_bytes, size, "smaller", "larger")

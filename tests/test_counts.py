@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lcc.counts import count_macs, count_params, fvcore_macs
+from lcc.counts import count_macs, count_norm_params, count_params, fvcore_macs
 from lcc.methods.linear_mix import LinearMix
 from lcc.specs import ConvSpec, Size
 
@@ -35,6 +35,12 @@ def test_a_shared_parameter_is_counted_once():
 
 def test_buffers_are_no_parameters():
     assert count_params(nn.BatchNorm2d(7)) == 14
+
+
+def test_parameters_of_norms_are_told_apart_each_shared_one_once():
+    norm = nn.BatchNorm2d(7)
+    network = nn.Sequential(nn.Conv2d(3, 7, 3), norm, nn.PReLU(7), nn.Sequential(norm, nn.GroupNorm(7, 7)))
+    assert count_norm_params(network) == 14 + 14
 
 
 @pytest.mark.parametrize(

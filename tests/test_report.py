@@ -45,6 +45,7 @@ DENSE = ModelRow(
     source="torchvision:resnet18",
     random_weights=False,
     params=11_689_512,
+    norm_params=9_600,
     macs=1_814_073_344,
     flops=3_628_146_688,
     size_bytes=46_750_982,
@@ -60,6 +61,7 @@ CHEAP = ModelRow(
     source="torchvision:resnet18",
     random_weights=False,
     params=3_327_400,
+    norm_params=9_600,
     macs=490_154_496,
     flops=980_308_992,
     size_bytes=13_308_881,
@@ -79,6 +81,7 @@ UNMEASURED = ModelRow(
     source="py:module:factory",
     random_weights=True,
     params=10,
+    norm_params=0,
     macs=20,
     flops=40,
     uncounted=("odd",),
@@ -119,6 +122,7 @@ def test_a_report_is_the_same_after_a_trip_through_json():
 def test_a_model_is_shown_with_its_ratios_to_the_first():
     text = shown(DENSE, CHEAP)
     assert line(text, "parameters").split() == ["11,689,512", "3,327,400", f"3.51{TIMES}", "fewer"]
+    assert line(text, "norms left out").split() == ["11,679,912", "3,317,800", f"3.52{TIMES}", "fewer"]
     assert line(text, "MACs per image").split() == ["1.814G", "490.2M", f"3.70{TIMES}", "fewer"]
     assert line(text, "FLOPs (2 per MAC)").split() == ["3.628G", "980.3M", f"3.70{TIMES}", "fewer"]
     assert line(text, "size on disk").split() == ["46.75", "MB", "13.31", "MB", f"3.51{TIMES}", "smaller"]
