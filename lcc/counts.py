@@ -1,7 +1,9 @@
 """How many numbers a network stores and how many multiply-accumulates it runs: exact integers.
 
-One MAC is one multiplication and one addition; FLOPs are two per MAC. Biases, norms, activations, pooling and
-sums of tensors cost none, by convention.
+One MAC is one multiplication and one addition; FLOPs are two per MAC. Biases, norms, activations, pooling, sums
+and elementwise products of tensors (complex ones too) cost none, by convention. One complex FFT of N points is
+round(2.5 N log2 N) MACs, one to or from real numbers half of it. Transforms of weights cost none: for frozen
+weights they are made once, not for each image.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lcc.specs import Frozen, Size
+from lcc.specs import Frozen, Size, fft_macs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +38,12 @@ FREE_OPS = (
     "upsample_nearest2d",
     "upsample_bilinear2d",
 )
+# Fourier transforms, none of which fvcore knows: from real numbers, to real numbers, complex.
+FROM_REAL_FFTS = ("fft_rfft", "fft_rfft2", "fft_rfftn", "fft_ihfft")
+TO_REAL_FFTS = ("fft_irfft", "fft_irfft2", "fft_irfftn", "fft_hfft")
+COMPLEX_FFTS = ("fft_fft", "fft_fft2", "fft_fftn", "fft_ifft", "fft_ifft2", "fft_ifftn")
+# What takes a tensor's shape or type, not its numbers.
+BLIND_OPS = ("aten::size", "aten::new_zeros", "aten::new_ones", "aten::zeros_like", "aten::ones_like")
 
 
 class MacCount(Frozen):
@@ -119,6 +127,9 @@ def fvcore_macs(model: nn.Module, example: Tensor) -> FvcoreCount:
         analysis = FlopCountAnalysis(model, example[:1])
         # A handle of None would not do: fvcore looks for its own handle first.
         analysis.set_op_handle(**{f"aten::{op}": lambda *_: 0 for op in FREE_OPS})
+        analysis.set_op_handle(
+            **{f"aten::{op}": _fft_handle(op) for op in (*FROM_REAL_FFTS, *TO_REAL_FFTS, *COMPLEX_FFTS)}
+        )
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         return FvcoreCount(macs=int(analysis.total()), unsupported=dict(analysis.unsupported_ops()))
 
@@ -140,6 +151,51 @@ def _rule(module: nn.Module) -> Callable[[Any, Tensor, Tensor], int] | None:
 
 def _by_formula(method: Method) -> Callable[[LowCostOp, Tensor, Tensor], int]:
     return lambda op, x, _: method.cost(op.spec, Size(height=x.shape[-2], width=x.shape[-1])).macs
+
+
+def _fft_handle(op: str) -> Callable[[list[Any], list[Any]], int]:
+    """Return how to count a transform from its arguments and results in the traced graph."""
+
+    def handle(inputs: list[Any], outputs: list[Any]) -> int:
+        x, lengths, dim = inputs[:3]
+        if not _sees_the_image(x):
+            return 0
+        given, shape = list(x.type().sizes()), list(outputs[0].type().sizes())
+        dims = _integers(dim)
+        if dims is None:
+            dims = list(range(len(shape)))[-len(_integers(lengths) or shape) :]
+        if op in FROM_REAL_FFTS:  # the result has half of the frequencies
+            stated = (_integers(lengths) or [None])[-1]
+            shape[dims[-1]] = given[dims[-1]] if stated is None else stated
+        points = math.prod(shape[d] for d in dims)
+        return math.prod(shape) // points * fft_macs(points, real=op not in COMPLEX_FFTS)
+
+    return handle
+
+
+def _integers(value: Any) -> list[Any] | None:
+    """Return an argument of a traced op as a list; None: it was not given. Entries not constant are None."""
+    if value.node().kind() == "prim::ListConstruct":
+        return [entry.toIValue() for entry in value.node().inputs()]
+    constant = value.toIValue()
+    return constant if constant is None or isinstance(constant, list) else [constant]
+
+
+def _sees_the_image(value: Any) -> bool:
+    """Whether a value in a traced graph comes from the network's input, not from its weights alone."""
+    seen: set[int] = set()
+    pending = [value]
+    while pending:
+        value = pending.pop()
+        if value.unique() in seen:
+            continue
+        seen.add(value.unique())
+        if value.node().kind() == "prim::Param":
+            if value.offset() == 0:  # the graph's first input; parameters and buffers follow
+                return True
+        elif value.node().kind() not in BLIND_OPS:
+            pending.extend(value.node().inputs())
+    return False
 
 
 @contextmanager
