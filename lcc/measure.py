@@ -176,7 +176,8 @@ def layer_file(layer: nn.Module, example: Tensor) -> bytes:
     Raises: CheckFailedError: the exporter can't do it.
     """
     two = torch.randn(2, *example.shape[1:])  # a batch of one would be frozen
-    return ir.to_proto(export_graph(layer.eval(), two, LAYER_OPSET)).SerializeToString()
+    data: bytes = ir.to_proto(export_graph(layer.eval(), two, LAYER_OPSET)).SerializeToString()
+    return data
 
 
 def one_run(model: nn.Module, example: Tensor, *, threads: int = 1, device: Device = "cpu") -> float:
