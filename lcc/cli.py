@@ -142,6 +142,9 @@ def finetune(
     teacher: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="What to distil from; default: the original network.")
     ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="From random weights; without --teacher, from labels alone.")
+    ] = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; default: 10.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: 0.02.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step; default: 128.")] = None,
@@ -156,6 +159,9 @@ def finetune(
 
     given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "val_split": val_split}
     named = {name: value for name, value in given.items() if value is not None}
+    if from_scratch:
+        part = pipeline.untrained(part)
+        named |= {} if teacher else {"distill": 0.0}
     options = recipe.finetune_options({"data": data, "seed": part.seed, **named}, tuple(set_ or ()))
     report = pipeline.finetune(
         part,

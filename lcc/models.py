@@ -97,7 +97,9 @@ def load(
             model = _filled(architecture, num_classes, checkpoint, notes)
         elif weights == "none":
             model = architecture.build(num_classes)
-            notes.append(f"the weights are random (seed {seed}): accuracy means nothing")
+            notes.append(
+                f"the weights are random (seed {seed}): accuracy means nothing until they are trained"
+            )
         else:
             architecture = libraries.find(architecture.default_id, trust_code=trust_code)
             model = architecture.pretrained(num_classes)

@@ -19,6 +19,7 @@ from lcc.evaluation import Accuracy
 from lcc.evaluation import evaluate as measure_accuracy
 from lcc.export import Exported, check_file, to_onnx
 from lcc.inspection import Inspection, inspection
+from lcc.libraries import names_library
 from lcc.network import Network, original_of, sites_of
 from lcc.plan import Plan, Rule, Site, make_plan
 from lcc.recipe import Calibrate, Finetune, ModelPart, Recipe
@@ -108,7 +109,7 @@ def finetune(
     trained, result = train_network(
         network, options, master, directory, settings, resume=resume, workers=workers
     )
-    trained = _saved(trained, directory, settings).but(name="fine-tuned")
+    trained = _saved(trained, directory, settings)
     shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
     if start is not None and result.accuracy.top1 < start.top1:
         settings.say(
@@ -117,11 +118,26 @@ def finetune(
         )
     settings.say(f"wrote {directory}; next: lcc report {directory}, lcc export {directory}")
     measured_on = on_data(options.data, result.evaluated_on)
-    rows = (
-        network.but(name="before").row(accuracy=start, data=measured_on if start else None),
-        trained.row(accuracy=result.accuracy, data=measured_on),
-    )
-    return plain_report(rows if before is None else (before.row(), *rows))
+    rows = [] if before is None else [before.row()]
+    if start is not None:
+        rows.append(network.but(name="before").row(accuracy=start, data=measured_on))
+    trained = trained.but(name="trained" if start is None else "fine-tuned")
+    return plain_report((*rows, trained.row(accuracy=result.accuracy, data=measured_on)))
+
+
+def untrained(part: ModelPart) -> ModelPart:
+    """Return the same network with random weights, to train from scratch.
+
+    Raises: RecipeError: it is a file or a directory, which holds weights, or weights are asked for.
+    """
+    if not names_library(part.source) and Path(part.source).exists():
+        raise RecipeError(
+            f"--from-scratch is for a network by its name, such as zoo:NAME, and {part.source} holds weights; "
+            "convert with --weights none, then finetune with --set distill=0, to train a converted one so"
+        )
+    if part.weights not in (None, "none"):
+        raise RecipeError(f"--from-scratch has no use for --weights {part.weights}; leave one of them out")
+    return part.model_copy(update={"weights": "none"})
 
 
 def teacher_part(teacher: str, student: ModelPart) -> ModelPart:

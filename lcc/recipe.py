@@ -28,7 +28,8 @@ class Finetune(Frozen):
     """How to train. The defaults suit some epochs of SGD on a network whose weights are worth keeping.
 
     Optimisation: `optimizer` and `schedule` are timm's names ("sgd" has Nesterov momentum); `lr` is the peak,
-    `warmup` the share of all steps spent rising to it; `decay_norms`: weight decay on biases and norms too;
+    `warmup` the share of all steps spent rising to it; "step" multiplies it by `decay_rate` every
+    `decay_epochs` epochs, counted from the start; `decay_norms`: weight decay on biases and norms too;
     `ema` is the decay of a moving average of the weights, which then is the result.
     Distillation: the loss is (1 - distill) * labels + distill * KL to the teacher at `temperature`.
     Augmentation: `crop` "pad" is a crop shifted by up to 4 pixels, "resize" a random resized crop with areas
@@ -47,7 +48,9 @@ class Finetune(Frozen):
     momentum: Share = 0.9
     weight_decay: NotNegative = 5e-4
     decay_norms: bool = False
-    schedule: Literal["cosine", "constant", "tanh", "poly"] = "cosine"
+    schedule: Literal["cosine", "constant", "step", "tanh", "poly"] = "cosine"
+    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.1
+    decay_epochs: Count = 30
     warmup: Share = 0.05
     clip_norm: Positive | None = None
     ema: Share | None = None

@@ -179,15 +179,15 @@ def _schedule(optimizer: torch.optim.Optimizer, options: Finetune, steps: int) -
     from timm.scheduler.scheduler_factory import create_scheduler_v2
 
     warmup = min(round(options.warmup * steps), steps - 1)
-    constant = options.schedule == "constant"
+    falls_in_steps = options.schedule == "step"
     schedule, _ = create_scheduler_v2(
         optimizer,
-        sched="step" if constant else options.schedule,  # steps that change nothing
-        decay_rate=1.0,
-        decay_epochs=1,
+        sched="step" if options.schedule == "constant" else options.schedule,  # steps that change nothing
+        decay_rate=options.decay_rate if falls_in_steps else 1.0,  # "poly" takes it as its power
+        decay_epochs=options.decay_epochs * (steps // options.epochs),
         num_epochs=steps - warmup,
         warmup_epochs=warmup,
-        warmup_prefix=True,
+        warmup_prefix=not falls_in_steps,  # where the fall is counted from
         warmup_lr=options.lr / (warmup + 1),
         step_on_epochs=False,
         updates_per_epoch=1,

@@ -160,6 +160,8 @@ def test_convert_takes_hyperparameters(lcc_run):
         ),
         (("eval", NET, "--weights", "none", "--data", "imagefolder:nowhere"), "nowhere"),
         (("finetune", NET, "--weights", "none", "--data", "idx:x"), "-o DIR"),
+        (("finetune", ".", "--from-scratch", "--data", "idx:x", "-o", "net"), "holds weights"),
+        (("finetune", NET, "--from-scratch", "--weights", "default", "--data", "idx:x"), "leave one of them"),
         (("run", "nowhere.toml"), "nowhere.toml"),
         (("inspect", NET, "--weights", "none", "--num-classes", "0"), "--num-classes"),
         (("inspect", NET, "--weights", "none", "--seed", "-1"), "--seed"),
@@ -297,6 +299,32 @@ def test_finetuning_that_makes_it_worse_says_so(lcc_run, tmp_path):
         float(re.search(r"evaluation ([\d.]+) %", err)[1])
         < float(re.search(r"before fine-tuning: ([\d.]+) %", err)[1])
     )
+
+
+def test_a_network_is_trained_from_scratch_without_talk_of_teachers_or_of_a_network_before(lcc_run, tmp_path):
+    data = idx_data(tmp_path / "data", classes=10)
+    code, out, err = lcc_run(
+        "finetune", "zoo:lowcost_a_mobilenet", "--from-scratch", "--image-size", 8, "--data", data,
+        "--epochs", 1, "--batch-size", 8, "--set", 'optimizer="adam"', "--device", "cpu",
+        "-o", tmp_path / "net", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    (row,) = json.loads(out)["models"]
+    assert (row["name"], row["random_weights"]) == ("trained", False)
+    assert row["params"] - row["norm_params"] == 101_066
+    assert "the weights are random (seed 0)" in err
+    assert not re.search("teacher|warning|before", err)
+
+
+def test_training_from_scratch_may_have_a_teacher(lcc_run, tmp_path):
+    data = idx_data(tmp_path / "data", classes=10)
+    few = ("--data", data, "--epochs", 1, "--batch-size", 8, "--image-size", 8, "--device", "cpu")
+    assert lcc_run("finetune", NET, "--from-scratch", *few, "-o", tmp_path / "one")[0] == 0
+    code, _, err = lcc_run(
+        "finetune", NET, "--from-scratch", *few, "-o", tmp_path / "two", "--teacher", tmp_path / "one"
+    )
+    assert code == 0, err
+    assert "teacher: " in err
 
 
 def test_a_folders_class_names_travel_with_the_network(lcc_run, tmp_path):

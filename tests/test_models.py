@@ -179,7 +179,7 @@ def test_networks_are_float32_on_the_cpu_whatever_the_callers_defaults(monkeypat
 def test_random_weights_are_said_to_be_random():
     loaded = models.load(TINY, weights="none", seed=3)
     assert loaded.source.is_random
-    assert loaded.notes == ("the weights are random (seed 3): accuracy means nothing",)
+    assert loaded.notes == ("the weights are random (seed 3): accuracy means nothing until they are trained",)
     assert str(loaded.source) == f"{TINY}, random weights (seed 3)"
 
 

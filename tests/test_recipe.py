@@ -119,7 +119,7 @@ def test_the_last_override_wins(read):
         (f"{FINETUNE}channels_last = 1", "finetune.channels_last: should be true or false, not 1"),
         (f"{FINETUNE}optimizer = 1", "finetune.optimizer: should be text in quotes, not 1"),
         (f"{FINETUNE}hflip = 2", "finetune.hflip: should be less than or equal to 1, not 2"),
-        (f'{FINETUNE}schedule = "step"', "'tanh' or 'poly', not the text \"step\""),
+        (f'{FINETUNE}schedule = "steps"', "'tanh' or 'poly', not the text \"steps\""),
         (f"{MODEL}image_size = 224", "model.image_size: should be a list, not 224"),
         (f"{MODEL}image_size = [1, 2, 3]", "model.image_size: should have 2 items, not 3"),
         (f"{MODEL}image_size = [1]", "model.image_size.1: this list is too short"),

@@ -306,6 +306,35 @@ def test_the_learning_rate_rises_linearly_then_falls_as_half_a_cosine(data):
     assert rates == pytest.approx(rise + fall, abs=1e-12)
 
 
+@pytest.mark.parametrize(("warmup", "rise"), [(0.0, []), (0.1, [0.01 / 3, 0.02 / 3])])
+def test_the_learning_rate_falls_in_steps_counted_in_epochs_from_the_start(data, warmup, rise):
+    changes = {"schedule": "step", "decay_rate": 0.5, "decay_epochs": 2, "warmup": warmup, "epochs": 5}
+    stepper = Stepper(tiny_network(), options(data, lr=0.01, **changes), steps=20, classes=3)
+    rates = []
+    for step in range(20):
+        stepper.take(step, torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
+        rates.append(stepper.lr)
+    want = [0.01] * 8 + [0.005] * 8 + [0.0025] * 4
+    assert rates == pytest.approx(rise + want[len(rise) :], abs=1e-12)
+
+
+def test_adam_has_its_usual_constants(data):
+    options_ = options(data, optimizer="adam", lr=0.01, weight_decay=0.0)
+    optimizer = Stepper(tiny_network(), options_, steps=2, classes=3).optimizer.optimizer
+    assert type(optimizer) is torch.optim.Adam
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.9, 0.999), 1e-8, False)
+
+
+def test_a_run_with_adam_and_steps_resumes_to_the_same_bits(tmp_path, data):
+    changes = {"optimizer": "adam", "schedule": "step", "decay_epochs": 1, "lr": 0.01, "crop": "resize"}
+    whole = train(data, None, **changes)
+    hook = calls_in_training(9, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(InterruptedRunError):
+        train(data, tmp_path / "run", hook=hook, **changes)
+    assert differences(whole, train(data, tmp_path / "run", resume=True, **changes)) == []
+
+
 def test_the_loss_is_labels_and_teacher_in_the_stated_shares(data):
     student, teacher = tiny_network(), tiny_network(seed=1)
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
