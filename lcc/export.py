@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
 import os
-import warnings
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,10 +21,12 @@ from torch.utils import _pytree as pytree
 
 from lcc import __version__
 from lcc.errors import ArtifactError, CheckFailedError, RecipeError, SourceError
+from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
+from lcc.lowering import lower_
 from lcc.manifest import FORMAT
 from lcc.methods import LowCostOp
-from lcc.onnx_channels import split_multipliers
-from lcc.onnx_graph import drop_unused, fold_batch_norms, order_sums, strip, to_half
+from lcc.onnx_export import INPUT, export_graph
+from lcc.onnx_graph import to_half
 from lcc.onnx_runtime import Session, first_line
 from lcc.specs import Frozen, Size
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from lcc.methods import Lowering
     from lcc.models import Loaded
     from lcc.onnx_runtime import Array
     from lcc.plan import Plan
 
-INPUT, OUTPUT = "input", "output"
 MIN_OPSET = 18  # the exporter's own; it can't go below
 BATCHES = (1, 3)  # checked; the example has 2, so a batch frozen at export shows
 TOLERANCE = 1e-4  # of the largest output
@@ -59,7 +59,12 @@ class Parity(Frozen):
 
 
 class Exported(Frozen):
-    """What was written, and what its check gave."""
+    """What was written, and what its checks gave.
+
+    `lowered` says in words what became of the operators that are not exported as they are, by site.
+    `lowering_error` is how far the network is from itself for that, without ONNX Runtime: the largest
+    difference over the largest output, on the same images as `parity`. None: nothing is approximated.
+    """
 
     path: str
     size_bytes: int
@@ -67,6 +72,8 @@ class Exported(Frozen):
     half: bool
     tolerance: float
     parity: tuple[Parity, ...]
+    lowered: dict[str, str]
+    lowering_error: float | None
 
 
 def to_onnx(
@@ -77,15 +84,18 @@ def to_onnx(
     half: bool = False,
     opset: int = 20,
     tolerance: float | None = None,
+    lowering_tolerance: float = LOWERING_TOLERANCE,
     seed: int = 0,
 ) -> Exported:
     """Write the network to `path` if ONNX Runtime computes with it what torch computes, and say how closely.
 
     One input (N, C, H, W), float32, with N dynamic and H, W those of the preprocessing; `half` stores and
-    computes in float16 and keeps float32 inputs and outputs. The network itself is left as it is.
-    Raises: ArtifactError: `path` can't be written. RecipeError: opset below 18. CheckFailedError: the network
-    can't be exported, or the file is not the network; nothing is left at `path`, and what was there stays.
-    SourceError: the network can't run on images of its size.
+    computes in float16 and keeps float32 inputs and outputs. An operator that has to be approximated is by
+    at most `lowering_tolerance`, if it can; ONNX Runtime is compared with what came of that, to `tolerance`.
+    The network itself is left as it is.
+    Raises: ArtifactError: `path` can't be written. RecipeError: the opset is too old. CheckFailedError: the
+    network can't be exported, or the file is not the network; nothing is left at `path`, and what was there
+    stays. SourceError: the network can't run on images of its size.
     """
     if opset < MIN_OPSET:
         raise RecipeError(f"opset {opset} is too old: the exporter needs {MIN_OPSET} or later")
@@ -97,54 +107,29 @@ def to_onnx(
         channels, (height, width) = len(loaded.preprocessing.mean), loaded.preprocessing.image_size
         generator = torch.Generator().manual_seed(seed)
         images = [torch.randn(batch, channels, height, width, generator=generator) for batch in BATCHES]
-        wanted = _run_and_lower_(network, images)
-        model = export_graph(network, torch.randn(2, channels, height, width, generator=generator), opset)
+        exact, sizes = _run_and_see_sizes(network, images)
+        chosen = lower_(network, sizes, tolerance=lowering_tolerance)
+        wanted = _run(network, images)
+        lowering_error = _lowering_error(wanted, exact, chosen)
+        example = torch.randn(2, channels, height, width, generator=generator)
+        model = export_graph(network, example, opset, operators=chosen.keys())
         if half:
             to_half(model)
-        model.metadata_props.update(_metadata(loaded, plan, half=half))
+        lowered = _in_words(chosen)
+        model.metadata_props.update(_metadata(loaded, plan, lowered, half=half))
         data = ir.to_proto(model).SerializeToString()
         parity = _check(data, images, wanted, tolerance)
         part.write_bytes(data)
     return Exported(
-        path=str(path), size_bytes=len(data), opset=opset, half=half, tolerance=tolerance, parity=parity
+        path=str(path),
+        size_bytes=len(data),
+        opset=opset,
+        half=half,
+        tolerance=tolerance,
+        parity=parity,
+        lowered=lowered,
+        lowering_error=lowering_error,
     )
-
-
-def export_graph(network: nn.Module, example: Tensor, opset: int) -> ir.Model:
-    """Return the network (eval mode, operators lowered) as an ONNX graph, rewritten for ONNX Runtime.
-
-    Raises: CheckFailedError: the exporter can't do it.
-    """
-    with _quiet():
-        try:
-            program = torch.onnx.export(
-                network,
-                (example,),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                opset_version=opset,
-                dynamo=True,
-                external_data=False,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                verbose=False,
-            )
-        except Exception as error:  # the exporter raises what any of its stages raises
-            raise CheckFailedError(
-                f"torch's ONNX exporter can't take this network: {first_line(error)}"
-            ) from error
-    assert program is not None  # only the legacy exporter gives None
-    model = program.model
-    if model.opset_imports[""] != opset:
-        raise RecipeError(
-            f"opset {opset} can't be had: the exporter gives {model.opset_imports['']}; use that"
-        )
-    fold_batch_norms(model)
-    order_sums(model)
-    split_multipliers(model)
-    drop_unused(model)
-    strip(model)
-    model.producer_name, model.producer_version = "lcc", __version__
-    return model
 
 
 def check_file(path: Path, *, force: bool = False) -> None:
@@ -175,44 +160,66 @@ def _written_at_once(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's prints, warnings and log lines from the user; failures are exceptions anyway."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):
-            yield
-    finally:
-        logging.disable(before)
-
-
 @torch.no_grad()
-def _run_and_lower_(network: nn.Module, images: list[Tensor]) -> list[list[Array]]:
-    """Return the network's outputs for each batch, then lower its operators for the sizes they saw."""
-    sizes: dict[nn.Module, Size] = {}
+def _run(network: nn.Module, images: list[Tensor]) -> list[list[Array]]:
+    """Return the network's outputs for each batch."""
+    try:
+        return [[y.numpy() for y in pytree.tree_leaves(network(x)) if isinstance(y, Tensor)] for x in images]
+    except (RuntimeError, ValueError, TypeError) as error:
+        shape = "x".join(map(str, images[0].shape))
+        raise SourceError(f"the network can't run on a {shape} input: {first_line(error)}") from error
+
+
+def _run_and_see_sizes(
+    network: nn.Module, images: list[Tensor]
+) -> tuple[list[list[Array]], dict[nn.Module, list[Size]]]:
+    """Return the network's outputs for each batch, and the input sizes that every operator saw."""
+    sizes: dict[nn.Module, list[Size]] = {}
 
     def see(op: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        sizes.setdefault(op, Size(height=inputs[0].shape[-2], width=inputs[0].shape[-1]))
+        height, width = inputs[0].shape[-2:]
+        size, seen = Size(height=height, width=width), sizes.setdefault(op, [])
+        if size not in seen:
+            seen.append(size)
 
     operators = [module for module in network.modules() if isinstance(module, LowCostOp)]
     handles = [op.register_forward_pre_hook(see) for op in operators]
     try:
-        outputs = [
-            [y.numpy() for y in pytree.tree_leaves(network(x)) if isinstance(y, Tensor)] for x in images
-        ]
-    except (RuntimeError, ValueError, TypeError) as error:
-        shape = "x".join(map(str, images[0].shape))
-        raise SourceError(f"the network can't run on a {shape} input: {first_line(error)}") from error
-    for handle in handles:
-        handle.remove()
-    for name, module in list(network.named_modules(remove_duplicate=False)):
-        if isinstance(module, LowCostOp) and module in sizes:
-            network.set_submodule(name, module.lowerings(sizes[module])[0].module)
-    return outputs
+        return _run(network, images), sizes
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _metadata(loaded: Loaded, plan: Plan, *, half: bool) -> dict[str, str]:
+def _lowering_error(
+    got: list[list[Array]], exact: list[list[Array]], chosen: dict[str, tuple[Lowering, ...]]
+) -> float | None:
+    """Return how far lowering moved the outputs; None: not at all.
+
+    Raises: CheckFailedError: they moved although nothing is approximated, or are no numbers any more.
+    """
+    errors = [_compare(*pair).relative_error for pair in zip(got, exact, strict=True)]
+    approximate = any(lowering.relative_error > 0 for found in chosen.values() for lowering in found)
+    limit = sys.float_info.max if approximate else TOLERANCE
+    for error in errors:
+        if not error <= limit:  # NaN fails too
+            raise CheckFailedError(
+                f"lowering the operators for export changed the outputs by {error:.1e} of the largest; "
+                "no file was kept"
+            )
+    return max(errors) if approximate else None
+
+
+def _in_words(chosen: dict[str, tuple[Lowering, ...]]) -> dict[str, str]:
+    """Return how operators were lowered, by site, where there is something to say."""
+    said = {
+        site: "; ".join(dict.fromkeys(lowering.how for lowering in found if lowering.how))
+        for site, found in chosen.items()
+    }
+    return {site: how for site, how in said.items() if how}
+
+
+def _metadata(loaded: Loaded, plan: Plan, lowered: dict[str, str], *, half: bool) -> dict[str, str]:
     """Return what a user of the file alone needs to know; JSON where it has structure."""
     height, width = loaded.preprocessing.image_size
     named = {
@@ -222,6 +229,7 @@ def _metadata(loaded: Loaded, plan: Plan, *, half: bool) -> dict[str, str]:
         "preprocessing": loaded.preprocessing.model_dump_json(),
         "image_size": f"{height}x{width}",
         "class_names": None if loaded.class_names is None else json.dumps(loaded.class_names),
+        "lowering": json.dumps(lowered) if lowered else None,
         "precision": "float16, inputs and outputs float32" if half else "float32",
         "versions": json.dumps({"lcc": __version__, **VERSIONS}),
     }

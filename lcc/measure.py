@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 import onnxruntime
 import torch
-from onnxscript import ir
 from torch import Tensor, nn
 
+from lcc.blocks import dense
 from lcc.errors import RecipeError
-from lcc.export import export_graph
+from lcc.lowering import choose, example_for
+from lcc.onnx_export import layer_file
 from lcc.onnx_runtime import Device, Session
 from lcc.specs import ConvSpec, Frozen, Size, StepSpec
 from lcc.timing import ROUNDS, RUNS, Latency, Speedup, interleave, seconds_of
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from lcc.onnx_runtime import Array
     from lcc.plan import Plan, Site
     from lcc.timing import Call
-
-LAYER_OPSET = 20
 
 
 class Conditions(Frozen):
@@ -170,16 +169,6 @@ def bench_layers(
     )
 
 
-def layer_file(layer: nn.Module, example: Tensor) -> bytes:
-    """Return a lowered layer (put in eval mode) as an ONNX file for inputs like `example` (N, C, H, W).
-
-    Raises: CheckFailedError: the exporter can't do it.
-    """
-    two = torch.randn(2, *example.shape[1:])  # a batch of one would be frozen
-    data: bytes = ir.to_proto(export_graph(layer.eval(), two, LAYER_OPSET)).SerializeToString()
-    return data
-
-
 def one_run(model: nn.Module, example: Tensor, *, threads: int = 1, device: Device = "cpu") -> float:
     """Return the seconds of one run in eager torch, after one that is not timed: to plan by, no result."""
     on_device, ready = example.to(device), copy.deepcopy(model).to(device).eval()
@@ -208,27 +197,13 @@ def _bench_pair(
     threads: int,
     rounds: int,
 ) -> Bench:
-    example = torch.randn(batch, spec.in_channels, size.height, size.width)
-    pair: dict[str, nn.Module] = {"before": _dense(spec), "after": method.build(spec)}
+    example = example_for(spec, size, batch)
+    before, after = dense(spec), method.build(spec).eval()
     if not onnx:
-        return bench_torch(pair, example, threads=threads, rounds=rounds)
-    pair["after"] = method.build(spec).lowerings(size)[0].module
+        return bench_torch({"before": before, "after": after}, example, threads=threads, rounds=rounds)
+    pair = {"before": before, "after": choose(after, size).module}
     files = {name: layer_file(module, example) for name, module in pair.items()}
     return bench_onnx(files, batch=batch, threads=threads, rounds=rounds)
-
-
-def _dense(spec: ConvSpec) -> nn.Conv2d:
-    return nn.Conv2d(
-        spec.in_channels,
-        spec.out_channels,
-        spec.kernel_size,
-        stride=spec.stride,
-        padding=spec.padding,
-        dilation=spec.dilation,
-        groups=spec.groups,
-        bias=spec.bias,
-        padding_mode=spec.padding_mode,
-    )
 
 
 def _torch_call(model: nn.Module, example: Tensor) -> Call:

@@ -1,0 +1,121 @@
+"""Convolutions and residual steps as modules with random weights, built from their descriptions."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lcc.ops.activations import activate
+from lcc.specs import ConvSpec, StepSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lcc.specs import Activation
+
+
+def dense(spec: ConvSpec | StepSpec) -> nn.Module:
+    """Return what a site was before it was replaced, (N, C_in, H, W) -> (N, C_out, H', W'), to time it.
+
+    A step costs what the original costs, though it need not be the same function: its convolutions are put in
+    one row in order of call, a normalisation at each while `norm_params` lasts, an activation between.
+    """
+    return ResidualStep(spec) if isinstance(spec, StepSpec) else convolution(spec)
+
+
+def convolution(spec: ConvSpec) -> nn.Conv2d:
+    """Return the convolution."""
+    return nn.Conv2d(
+        spec.in_channels,
+        spec.out_channels,
+        spec.kernel_size,
+        stride=spec.stride,
+        padding=spec.padding,
+        dilation=spec.dilation,
+        groups=spec.groups,
+        bias=spec.bias,
+        padding_mode=spec.padding_mode,
+    )
+
+
+class ResidualStep(nn.Module):
+    """post(x + F(x))."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        super().__init__()
+        self.post = spec.post
+        self.body = nn.Sequential(*_body(spec))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, C, H, W) for x (N, C, H, W)."""
+        return activate(x + self.body(x), self.post)
+
+
+def _body(spec: StepSpec) -> Iterator[nn.Module]:
+    """Yield F's layers in order."""
+    channels, norm_params = spec.channels, spec.norm_params
+    gated = [
+        n for n, conv in enumerate(spec.convs) if spec.squeeze and conv.out_channels == _gate_width(spec)
+    ]
+    for number, conv in enumerate(spec.convs):
+        if conv.in_channels != channels:
+            yield _Fit(conv.in_channels)
+        normed = conv.in_channels if spec.pre_norm else conv.out_channels
+        norm = []
+        if norm_params >= 2 * normed:
+            norm_params -= 2 * normed
+            norm = [nn.BatchNorm2d(normed, eps=spec.norm_eps, momentum=spec.norm_momentum)]
+        if spec.pre_norm:
+            yield from (*norm, _Activation(spec.activation), convolution(conv))
+        else:
+            yield from (convolution(conv), *norm)
+            if number < len(spec.convs) - 1:
+                yield _Activation(spec.activation)
+        if gated and number == gated[-1]:
+            yield _Gate(spec)
+        channels = conv.out_channels
+    if channels != spec.channels:
+        yield _Fit(spec.channels)
+
+
+def _gate_width(spec: StepSpec) -> int:
+    return spec.squeeze[0].in_channels
+
+
+class _Activation(nn.Module):
+    def __init__(self, name: Activation | None) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activate(x, self.name)
+
+
+class _Gate(nn.Module):
+    """Squeeze-and-excitation: x times sigmoid(G(x pooled to one pixel))."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        super().__init__()
+        self.activation = spec.activation
+        self.convs = nn.ModuleList(convolution(conv) for conv in spec.squeeze)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = x.mean((2, 3), keepdim=True)
+        for number, conv in enumerate(self.convs):
+            gate = conv(activate(gate, self.activation) if number else gate)
+        return x * torch.sigmoid(gate)
+
+
+class _Fit(nn.Module):
+    """The first channels of x, repeated where there are too few: for a convolution on another branch."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        times = math.ceil(self.channels / x.shape[1])
+        return x.repeat(1, times, 1, 1)[:, : self.channels]
