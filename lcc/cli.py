@@ -269,6 +269,9 @@ def export(
     ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store and compute in float16.")] = False,
     opset: Annotated[int, typer.Option(help="ONNX operator set.")] = 20,
+    lowering_tolerance: Annotated[
+        float, typer.Option(min=0, help="How far an operator may be from itself, where it is approximated.")
+    ] = 1e-3,
     as_json: AsJson = False,
 ) -> None:
     """Write one ONNX file, checked against torch in ONNX Runtime; a failed check leaves no file."""
@@ -278,8 +281,10 @@ def export(
         if not Path(part.source).is_dir():
             raise RecipeError("say which file to write: -o model.onnx")
         out = pipeline.onnx_beside(Path(part.source))
-    exported = pipeline.export(part, out, settings, half=half, opset=opset)
-    typer.echo(exported.model_dump_json() if as_json else pipeline.exported_line(exported))
+    exported = pipeline.export(
+        part, out, settings, half=half, opset=opset, lowering_tolerance=lowering_tolerance
+    )
+    typer.echo(exported.model_dump_json() if as_json else "\n".join(pipeline.exported_lines(exported)))
 
 
 @app.command()

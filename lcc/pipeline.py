@@ -20,6 +20,7 @@ from lcc.evaluation import evaluate as measure_accuracy
 from lcc.export import Exported, check_file, to_onnx
 from lcc.inspection import Inspection, inspection
 from lcc.libraries import names_library
+from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.network import Network, original_of, sites_of
 from lcc.plan import Plan, Rule, Site, make_plan
 from lcc.recipe import Calibrate, Finetune, ModelPart, Recipe
@@ -158,12 +159,20 @@ def evaluate(part: ModelPart, text: str, settings: Settings, *, batch_size: int 
 
 
 def export(
-    part: ModelPart, path: Path, settings: Settings, *, half: bool = False, opset: int = 20
+    part: ModelPart,
+    path: Path,
+    settings: Settings,
+    *,
+    half: bool = False,
+    opset: int = 20,
+    lowering_tolerance: float = LOWERING_TOLERANCE,
 ) -> Exported:
     """Write a network as one checked ONNX file."""
     check_file(path, force=settings.force)
     network = settings.open(part)
-    return to_onnx(network.loaded, path, network.plan, half=half, opset=opset)
+    return to_onnx(
+        network.loaded, path, network.plan, half=half, opset=opset, lowering_tolerance=lowering_tolerance
+    )
 
 
 def report(
@@ -238,8 +247,17 @@ def run(
         stages.rows[-1] = stages.rows[-1].model_copy(update={"size_bytes": network.size_bytes})
     notes: tuple[str, ...] = ()
     if recipe.export is not None:
-        target, half, opset = onnx_beside(directory), recipe.export.half, recipe.export.opset
-        notes = (exported_line(to_onnx(network.loaded, target, network.plan, half=half, opset=opset)),)
+        chosen = recipe.export
+        notes = exported_lines(
+            to_onnx(
+                network.loaded,
+                onnx_beside(directory),
+                network.plan,
+                half=chosen.half,
+                opset=chosen.opset,
+                lowering_tolerance=chosen.lowering_tolerance,
+            )
+        )
     untimed = "converted" if recipe.finetune is not None else None
     report = timed_report(tuple(stages.rows), tuple(stages.networks), options, settings, untimed=untimed)
     return report.model_copy(update={"notes": (*report.notes, *notes)})
@@ -311,14 +329,19 @@ def onnx_beside(directory: Path) -> Path:
     return directory.parent / f"{directory.name}.onnx"
 
 
-def exported_line(exported: Exported) -> str:
-    """Return in words what was exported and how well it agrees."""
+def exported_lines(exported: Exported) -> tuple[str, ...]:
+    """Return in words what was exported and how well it agrees; then a line for each operator lowered."""
     worst = max(entry.relative_error for entry in exported.parity)
     batches = " and ".join(str(entry.batch) for entry in exported.parity)
-    return (
+    approximated = exported.lowering_error is not None
+    compared = "the lowered network in torch" if approximated else "torch"
+    line = (
         f"{exported.path}: {exported.size_bytes / 1e6:.2f} MB, opset {exported.opset}, checked in ONNX "
-        f"Runtime at batch {batches}: differs from torch by at most {worst:.0e} of the largest output"
+        f"Runtime at batch {batches}: differs from {compared} by at most {worst:.0e} of the largest output"
     )
+    if approximated:
+        line += f", and that from the exact network by {exported.lowering_error:.0e}"
+    return (line, *(f"{site}: {how}" for site, how in exported.lowered.items()))
 
 
 def _inspection(

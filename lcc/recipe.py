@@ -102,10 +102,11 @@ class Evaluate(Frozen):
 
 
 class Export(Frozen):
-    """How the ONNX file is written."""
+    """How the ONNX file is written; `lowering_tolerance`: how far an operator may be from itself there."""
 
     opset: Annotated[int, Field(ge=18)] = 20
     half: bool = False
+    lowering_tolerance: NotNegative = 1e-3
 
 
 class Recipe(Frozen):
