@@ -25,8 +25,13 @@ def solve_periodic(rhs: Tensor, stencil: Tensor, step: Tensor | float) -> Tensor
         exact = torch.promote_types(rhs.dtype, torch.float32)
         symbol = _system_symbol(stencil.to(exact), step, height, width)
         u = torch.fft.irfft2(torch.fft.rfft2(rhs.to(exact)) / symbol, s=(height, width))
-    channels_last = rhs.is_contiguous(memory_format=torch.channels_last) and not rhs.is_contiguous()
-    return u.to(rhs.dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return laid_out_as(rhs, u)
+
+
+def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """Return y in the dtype and the memory format of x; a Fourier transform keeps neither."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.to(x.dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 class Green(NamedTuple):
@@ -50,7 +55,7 @@ def green(stencil: Tensor, step: float, height: int, width: int, tolerance: floa
     for radius in range(1, max(height, width)):
         size = (min(2 * radius + 1, height), min(2 * radius + 1, width))
         taps = _window(response, size)
-        taps[:, size[0] // 2, size[1] // 2] += (response.sum((1, 2)) - taps.sum((1, 2)))
+        taps[:, size[0] // 2, size[1] // 2] += response.sum((1, 2)) - taps.sum((1, 2))
         got = torch.fft.rfft2(_unwindow(taps, height, width))
         error = float(((got - 1 / symbol) * symbol).abs().max())
         if error <= tolerance or size == (height, width):
@@ -111,7 +116,7 @@ def apply_real_fourier(x: Tensor, fourier: RealFourier) -> Tensor:
 
 def _system_symbol(stencil: Tensor, step: Tensor | float, height: int, width: int) -> Tensor:
     """Return 1 + step |k^|^2 at the frequencies of rfft2, (C, H, W // 2 + 1)."""
-    symbol = torch.fft.rfft2(periodic_grid(stencil, height, width))
+    symbol: Tensor = torch.fft.rfft2(periodic_grid(stencil, height, width))
     return 1 + step * (symbol.real.square() + symbol.imag.square())
 
 
@@ -122,7 +127,8 @@ def _offsets(count: int, length: int, device: torch.device) -> Tensor:
 def _window(response: Tensor, size: tuple[int, int]) -> Tensor:
     rows = _offsets(size[0], response.shape[1], response.device)
     columns = _offsets(size[1], response.shape[2], response.device)
-    return response[:, rows][:, :, columns].clone()
+    window: Tensor = response[:, rows][:, :, columns]
+    return window.clone()
 
 
 def _unwindow(taps: Tensor, height: int, width: int) -> Tensor:
@@ -134,8 +140,9 @@ def _unwindow(taps: Tensor, height: int, width: int) -> Tensor:
 
 
 def _real_basis(length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return an orthonormal real Fourier basis (n, n), and of each row its frequency, whether it is a sine,
-    and the row that is the other function of that frequency (itself, where there is none).
+    """Return an orthonormal real Fourier basis (n, n): cosines, then sines; and three facts of each row.
+
+    Its frequency, whether it is a sine, and the row of the frequency's other function (itself, if none).
     """
     cosines = range(length // 2 + 1)
     sines = range(1, (length + 1) // 2)

@@ -39,5 +39,5 @@ def periodic_grid(stencil: Tensor, height: int, width: int) -> Tensor:
 @torch.no_grad()
 def gain(stencil: Tensor) -> Tensor:
     """Return max |k^|^2 of each stencil over all frequencies, (C,): the largest eigenvalue of K^T K."""
-    symbol = torch.fft.rfft2(periodic_grid(stencil.double(), GRID, GRID)).abs().square()
-    return symbol.amax((1, 2))
+    symbol: Tensor = torch.fft.rfft2(periodic_grid(stencil.double(), GRID, GRID))
+    return symbol.abs().square().amax((1, 2))
