@@ -27,17 +27,19 @@ from lcc.options import (
     either,
     running,
     source_part,
+    sweeping,
     taking,
     timing,
     writing,
 )
-from lcc.output import form_of, print_inspection, print_report, print_sheets
+from lcc.output import form_of, print_inspection, print_report, print_sheets, print_sweeps
 
 if TYPE_CHECKING:
     from lcc.comparison import BenchOptions
     from lcc.methods import Method
     from lcc.recipe import ModelPart
     from lcc.settings import Settings
+    from lcc.sweep import SweepOptions
 
 app = typer.Typer(
     name="lcc",
@@ -143,7 +145,8 @@ def finetune(
         str | None, typer.Option(metavar="SOURCE", help="What to distil from; default: the original network.")
     ] = None,
     from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="From random weights; without --teacher, from labels alone.")
+        bool,
+        typer.Option("--from-scratch", help="From random weights; without --teacher, from labels alone."),
     ] = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; default: 10.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; default: 0.02.")] = None,
@@ -233,23 +236,37 @@ def report(
 
 
 @app.command()
-@taking(settings=running, options=timing)
+@taking(settings=running, options=timing, operators=sweeping)
 def bench(
-    targets: Annotated[
-        list[str], typer.Argument(metavar="DIR|ONNX...", help="The first one is the baseline.")
-    ],
     settings: "Settings",
     options: "BenchOptions",
+    operators: "SweepOptions | None",
     *,
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="DIR|ONNX...", help="The first one is the baseline.")
+    ] = None,
     arch: Arch = None,
     weights: Weights = None,
     num_classes: NumClasses = None,
+    plot: Annotated[Path | None, typer.Option(help="With --sweep: write a plot, such as sweep.png.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time networks and ONNX files against each other, interleaved."""
-    from lcc import comparison
+    """Time networks and ONNX files against each other, interleaved; with --sweep, operators."""
+    from lcc import comparison, sweep_views
     from lcc.inspection import bench_sheet
 
+    if operators is not None:
+        if targets or arch or weights or num_classes:
+            raise RecipeError("--sweep times operators, not networks; leave out one or the other")
+        if plot is not None:
+            sweep_views.check_plot(plot)
+        sweeps = comparison.bench_operators(operators, settings, options)
+        print_sweeps(sweeps, as_json=as_json)
+        if plot is not None:
+            sweep_views.write_plot(sweeps, plot)
+        return
+    if not targets or plot is not None:
+        raise RecipeError("name networks or ONNX files to time; or operators, and a --plot: --sweep all")
     parts = tuple(either(target, arch, weights, num_classes) for target in targets)
     results = comparison.bench(parts, settings, options)
     if as_json:

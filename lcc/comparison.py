@@ -14,6 +14,7 @@ from lcc.evaluation import Accuracy
 from lcc.export import to_onnx
 from lcc.manifest import versions
 from lcc.measure import Bench, bench_layers, bench_onnx, bench_torch
+from lcc.operator_timing import sweep_operators
 from lcc.plan import Site
 from lcc.report import ModelRow, Report
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from lcc.recipe import ModelPart
     from lcc.report import LayerRow
     from lcc.settings import Settings
+    from lcc.sweep import Sweep, SweepOptions
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,7 @@ def on_data(text: str, part: str) -> str:
 
 def bench(parts: tuple[ModelPart, ...], settings: Settings, options: BenchOptions) -> tuple[Bench, ...]:
     """Time lcc directories, sources and ONNX files against each other, the first being the baseline."""
-    if settings.device not in ("auto", "cpu", "cuda"):
-        raise RecipeError(f"--device {settings.device}: latency is measured on cpu or cuda")
+    _check_device(settings)
     files = {part.source: Path(part.source) for part in parts if part.source.endswith(".onnx")}
     networks = {part.source: settings.open(part) for part in parts if part.source not in files}
     for target, path in files.items():
@@ -79,6 +80,18 @@ def bench(parts: tuple[ModelPart, ...], settings: Settings, options: BenchOption
             ordered = {t: files.get(t) or exported[t] for t in (part.source for part in parts)}
             results.append(_bench_onnx(ordered, options, settings))
     return tuple(results)
+
+
+def bench_operators(sweep: SweepOptions, settings: Settings, options: BenchOptions) -> tuple[Sweep, ...]:
+    """Time single operators against dense convolutions over a range of shapes."""
+    _check_device(settings)
+    return sweep_operators(
+        sweep,
+        batch=options.batch,
+        threads=options.threads,
+        device=_bench_device(settings),
+        rounds=options.rounds,
+    )
 
 
 def plain_report(rows: tuple[ModelRow, ...]) -> Report:
@@ -176,6 +189,11 @@ def _bench_onnx(files: dict[str, Path], options: BenchOptions, settings: Setting
         device=_bench_device(settings),
         rounds=options.rounds,
     )
+
+
+def _check_device(settings: Settings) -> None:
+    if settings.device not in ("auto", "cpu", "cuda"):
+        raise RecipeError(f"--device {settings.device}: latency is measured on cpu or cuda")
 
 
 def _bench_device(settings: Settings) -> Device:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lcc.comparison import BenchOptions
     from lcc.recipe import ModelPart
     from lcc.settings import Settings
+    from lcc.sweep import SweepOptions
 
 Options = TypeVar("Options")
 
@@ -126,6 +127,51 @@ def timing(
     from lcc.comparison import BenchOptions
 
     return BenchOptions(batch=batch, threads=bench_threads, rounds=rounds)
+
+
+def sweeping(
+    *,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHAT[=N,N,...]",
+            help="Instead of networks, time operators over channels, size, kernel, or all; repeatable.",
+        ),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="With --sweep: a method, as in convert; repeatable. Default: all of them."),
+    ] = None,
+    fixed: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHAT=N,...",
+            help="With --sweep: what is not swept; default: channels=256,size=64,kernel=3.",
+        ),
+    ] = None,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(min=1, help="With --sweep: longest time for one shape in one runtime; default: 120."),
+    ] = None,
+) -> "SweepOptions | None":
+    """Return what is swept; None: nothing."""
+    if not sweep:
+        given = {"--method": method, "--fixed": fixed, "--max-seconds": max_seconds}
+        for option, value in given.items():
+            if value:
+                raise RecipeError(f"{option} says how operators are timed; add --sweep channels")
+        return None
+    from lcc import sweep as sweeps
+    from lcc.methods import METHODS
+    from lcc.recipe import method_from_text
+
+    names = method or [name for name, kind in METHODS.items() if "conv" in kind.kinds]
+    return sweeps.SweepOptions(
+        axes=sweeps.axes_from_text(sweep),
+        methods=tuple(method_from_text(name) for name in names),
+        fixed=sweeps.Shape() if fixed is None else sweeps.shape_from_text(fixed),
+        seconds=sweeps.SECONDS if max_seconds is None else max_seconds,
+    )
 
 
 def taking(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from lcc.inspection import Inspection
     from lcc.report import Report
+    from lcc.sweep import Sweep
     from lcc.tables import Sheet
 
 Form = Literal["table", "json", "csv", "md"]
@@ -50,6 +51,16 @@ def print_inspection(value: Inspection, *, as_json: bool) -> None:
         typer.echo(value.model_dump_json(indent=2))
     else:
         print_sheets([inspection_sheet(value)])
+
+
+def print_sweeps(values: Sequence[Sweep], *, as_json: bool) -> None:
+    """Print operator sweeps as tables or as JSON."""
+    from lcc.sweep_views import sweep_sheets
+
+    if as_json:
+        typer.echo("[" + ",\n".join(value.model_dump_json(indent=2) for value in values) + "]")
+    else:
+        print_sheets(sweep_sheets(values))
 
 
 def print_sheets(sheets: Sequence[Sheet]) -> None:

@@ -1,0 +1,276 @@
+"""Times the operators of a sweep against the dense convolution of the same shape, in turns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import psutil
+import torch
+from torch import nn
+
+from lcc import progress
+from lcc.errors import CheckFailedError, RecipeError
+from lcc.lowering import choose
+from lcc.measure import Bench, bench_onnx, bench_torch, one_run
+from lcc.methods import LowCostOp
+from lcc.onnx_export import INPUT, layer_file
+from lcc.onnx_runtime import Session
+from lcc.sweep import Axis, Point, Runtime, Shape, Sweep, SweepOptions, break_evens
+from lcc.timing import MIN_RUNS, RUNS, seconds_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lcc.methods import Method
+    from lcc.onnx_runtime import Device
+
+DENSE = "dense"
+RUNTIMES: dict[Runtime, str] = {"torch": "in eager torch", "onnx": "in ONNX Runtime"}
+MIN_ROUNDS = math.ceil(MIN_RUNS / RUNS)
+TRIALS = 3
+WARM_UP_RUNS = 8  # about what a warm-up takes
+# Feature maps (spectra and temporaries included) and dense kernels alive at one time, and the share of free
+# memory that they may take: generous, to keep a machine from swapping.
+MAPS, KERNELS, SHARE = 12, 8, 0.8
+
+
+class Remark(NamedTuple):
+    """What is to be said of an operator (None: of a whole point), in one runtime (None: in all)."""
+
+    operator: str | None
+    text: str
+    runtime: Runtime | None = None
+
+
+class Measured(NamedTuple):
+    """What one shape gave."""
+
+    benches: dict[Runtime, Bench]
+    remarks: list[Remark]
+
+
+def sweep_operators(
+    options: SweepOptions, *, batch: int = 1, threads: int = 1, device: Device = "cpu", rounds: int = 15
+) -> tuple[Sweep, ...]:
+    """Time every operator against the dense convolution of its shape, all in turns, along every axis.
+
+    Weights are random: times do not depend on them, save where they decide how an operator is lowered.
+    Returns a sweep for each axis in each runtime.
+    Raises: RecipeError: the device can't be had, too few rounds, or nothing that could be timed.
+    """
+    bench = _PointBench(options, batch, threads, device, rounds, _obstacle(device))
+    rows = {axis: [options.fixed.at(axis, n) for n in values] for axis, values in options.axes.items()}
+    shapes = list(dict.fromkeys(shape for row in rows.values() for shape in row))
+    measured: dict[Shape, Measured] = {}
+    with progress.bar("timing operators", len(shapes)) as tick:
+        for done, shape in enumerate(shapes):
+            tick(done, shape.__str__)
+            measured[shape] = bench.measure(shape)
+        tick(len(shapes))
+    sweeps = [
+        _along(axis, runtime, options.fixed, {getattr(shape, axis): measured[shape] for shape in row})
+        for axis, row in rows.items()
+        for runtime in RUNTIMES
+        if any(runtime in measured[shape].benches for shape in row)
+    ]
+    if not sweeps:
+        said = dict.fromkeys(_words(remark) for one in measured.values() for remark in one.remarks)
+        raise RecipeError(f"the sweep has nothing to time: {'; '.join(said) or 'name a --method'}")
+    return tuple(sweeps)
+
+
+@dataclass(frozen=True)
+class _PointBench:
+    """How every point is measured; `obstacle`: why not in ONNX Runtime."""
+
+    options: SweepOptions
+    batch: int
+    threads: int
+    device: Device
+    rounds: int
+    obstacle: str | None
+
+    def measure(self, shape: Shape) -> Measured:
+        """Time what can be timed at this shape."""
+        rivals, remarks = _rivals(shape, self.options.methods)
+        if len(rivals) == 1:
+            return Measured({}, remarks)
+        if too_large := _too_large(shape, self.batch, self.device):
+            return Measured({}, [*remarks, Remark(None, too_large)])
+        example = torch.randn(self.batch, shape.channels, shape.size, shape.size)
+        times = {
+            name: one_run(model, example, threads=self.threads, device=self.device)
+            for name, model in rivals.items()
+        }
+        rounds, slow = affordable(times, self.options.seconds, self.rounds)
+        remarks += slow
+        rivals = {name: rivals[name] for name in times if name not in {one.operator for one in slow}}
+        if rounds == 0:
+            return Measured({}, remarks)
+        if rounds < self.rounds:
+            remarks.append(Remark(None, f"{rounds} rounds, to stay under {self.options.seconds:g} s"))
+        benches: dict[Runtime, Bench] = {"torch": self._torch(rivals, example, rounds)}
+        if self.obstacle is not None:
+            remarks.append(Remark(None, self.obstacle, "onnx"))
+        elif (bench := self._onnx(rivals, shape, example, rounds, remarks)) is not None:
+            benches["onnx"] = bench
+        return Measured(benches, remarks)
+
+    def _torch(self, rivals: dict[str, nn.Module], example: torch.Tensor, rounds: int) -> Bench:
+        return bench_torch(rivals, example, threads=self.threads, device=self.device, rounds=rounds)
+
+    def _onnx(
+        self,
+        rivals: dict[str, nn.Module],
+        shape: Shape,
+        example: torch.Tensor,
+        rounds: int,
+        remarks: list[Remark],
+    ) -> Bench | None:
+        files = {}
+        if self.device == "cuda":
+            remarks.append(Remark(None, "times include copies from and to main memory", "onnx"))
+        for name, rival in rivals.items():
+            lowered, how = _lowered(rival, shape)
+            try:
+                files[name] = layer_file(lowered, example)
+            except CheckFailedError as error:
+                remarks.append(Remark(name, str(error), "onnx"))
+                continue
+            if how:
+                remarks.append(Remark(name, how, "onnx"))
+        if len(files) == 1:
+            return None
+        return bench_onnx(files, batch=self.batch, threads=self.threads, device=self.device, rounds=rounds)
+
+
+def affordable(times: dict[str, float], seconds: float, rounds: int) -> tuple[int, list[Remark]]:
+    """Return how many rounds fit into so many seconds, and the operators to leave out for it, slowest first.
+
+    `times`: seconds of one run of every rival, the dense convolution first. 0 rounds: nothing fits.
+    """
+    dense, *operators = times
+    kept = sorted(operators, key=times.__getitem__)
+    left_out: list[Remark] = []
+    while kept:
+        run = times[dense] + sum(times[name] for name in kept)
+        fitting = int((seconds / run - WARM_UP_RUNS) / (RUNS + 1))
+        if fitting >= min(MIN_ROUNDS, rounds):
+            return min(fitting, rounds), left_out
+        needed = run * ((RUNS + 1) * MIN_ROUNDS + WARM_UP_RUNS)
+        left_out.append(
+            Remark(
+                kept.pop(), f"left out: about {needed:.0f} s with it, more than the {seconds:g} s of a point"
+            )
+        )
+    return 0, left_out
+
+
+def _rivals(shape: Shape, methods: Sequence[Method]) -> tuple[dict[str, nn.Module], list[Remark]]:
+    """Return the dense convolution and every operator that can stand in for it, and why others can't."""
+    spec = shape.spec
+    rivals: dict[str, nn.Module] = {
+        DENSE: nn.Conv2d(
+            spec.in_channels, spec.out_channels, spec.kernel_size, padding=shape.kernel // 2, bias=False
+        )
+    }
+    remarks = []
+    for method in methods:
+        why = method.why_not(spec) if "conv" in method.kinds else "it stands in for no convolution"
+        if why is not None:
+            remarks.append(Remark(str(method), f"left out: {why}"))
+            continue
+        rivals[str(method)] = _with_random_weights_(method.build(spec).eval())
+    return rivals, remarks
+
+
+@torch.no_grad()
+def _with_random_weights_(operator: LowCostOp) -> LowCostOp:
+    """Return the operator with seeded normal weights.
+
+    Weights may decide how long a lowered operator is, and those of a start may be unlike any after training.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for parameter in operator.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return operator
+
+
+def _lowered(rival: nn.Module, shape: Shape) -> tuple[nn.Module, str]:
+    if not isinstance(rival, LowCostOp):
+        return rival, ""
+    lowering = choose(rival, shape.image, timer=_trial)
+    return lowering.module, lowering.how
+
+
+def _trial(modules: Sequence[nn.Module], example: torch.Tensor) -> list[float]:
+    """Return the seconds of each module in ONNX Runtime, the least of a few: enough to choose by."""
+    times = []
+    for module in modules:
+        run = partial(Session(layer_file(module, example)).run, {INPUT: example.numpy()})
+        run()
+        times.append(min(seconds_of(run, lambda: None) for _ in range(TRIALS)))
+    return times
+
+
+def _too_large(shape: Shape, batch: int, device: Device) -> str | None:
+    needed = 4 * (MAPS * batch * shape.channels * shape.image.pixels + KERNELS * shape.spec.weights)
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    if needed <= SHARE * free:
+        return None
+    return f"left out: may take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"
+
+
+def _obstacle(device: Device) -> str | None:
+    """Return why ONNX Runtime can't be timed on this device."""
+    try:
+        Session(layer_file(nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 2, 2)), device=device)
+    except RecipeError as error:
+        return f"not timed: {error}"
+    return None
+
+
+def _along(axis: Axis, runtime: Runtime, fixed: Shape, measured: dict[int, Measured]) -> Sweep:
+    """Return what was measured along an axis, by value, in one runtime."""
+    benches = {n: one.benches[runtime] for n, one in measured.items() if runtime in one.benches}
+    points = tuple(
+        Point(
+            value=value,
+            rounds=bench.conditions.rounds,
+            latencies=bench.latencies,
+            speedups=bench.speedups,
+        )
+        for value, bench in benches.items()
+    )
+    conditions = next(iter(benches.values())).conditions
+    rounds = max(point.rounds for point in points)
+    update = {"rounds": rounds, **({"image_size": "each size"} if axis == "size" else {})}
+    return Sweep(
+        axis=axis,
+        runtime=runtime,
+        fixed=fixed,
+        conditions=conditions.model_copy(update=update),
+        points=points,
+        break_even=break_evens(points) if axis == "channels" else {},
+        notes=_notes(axis, runtime, measured),
+    )
+
+
+def _notes(axis: Axis, runtime: Runtime, measured: dict[int, Measured]) -> tuple[str, ...]:
+    """Return in a line each what is to be said, and at which values where not at all of them."""
+    values: dict[str, list[int]] = {}
+    for value, one in measured.items():
+        for remark in one.remarks:
+            if remark.runtime in (None, runtime):
+                values.setdefault(_words(remark), []).append(value)
+    return tuple(
+        text if len(at) == len(measured) else f"at {axis} {', '.join(map(str, at))}: {text}"
+        for text, at in values.items()
+    )
+
+
+def _words(remark: Remark) -> str:
+    return remark.text if remark.operator is None else f"{remark.operator}: {remark.text}"
