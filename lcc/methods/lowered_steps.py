@@ -95,40 +95,52 @@ class FourierSolve(nn.Module):
 
 
 class LoweredCirculant(nn.Module):
-    """post(-K^T K y + (reaction(y) + y)), K^T K by `couplings` in the channel Fourier basis of `analysis`."""
+    """post(-K^T K y + (reaction(y) + y)), K^T K by `couplings` in the channel Fourier basis `analysis`.
+
+    Real and imaginary parts are kept apart all the way, as in the lowered circulant convolution.
+    """
 
     def __init__(
         self, reaction: Reaction, analysis: Tensor, couplings: tuple[Coupling, ...], post: Activation | None
     ) -> None:
         super().__init__()
-        self.analysis = frozen_conv(analysis)
-        self.synthesis = frozen_conv(-analysis.transpose(0, 1))
-        self.couplings = nn.Sequential(*couplings)
+        half = len(analysis) // 2
+        self.to_real, self.to_imaginary = (frozen_conv(rows) for rows in analysis.split(half))
+        self.couplings = nn.ModuleList(couplings)
+        back = -analysis.transpose(0, 1)
+        self.from_real, self.from_imaginary = (frozen_conv(part) for part in back.split(half, dim=1))
         self.reaction, self.post = reaction, post
 
     def forward(self, y: Tensor) -> Tensor:
         """Return (N, C, H, W) for y (N, C, H, W)."""
-        diffused = self.synthesis(self.couplings(self.analysis(y)))
+        real, imaginary = self.to_real(y), self.to_imaginary(y)
+        for coupling in self.couplings:
+            real, imaginary = coupling(real, imaginary)
+        diffused = self.from_real(real) + self.from_imaginary(imaginary)
         return activate(diffused + (self.reaction(y) + y), self.post)
 
 
 class Coupling(nn.Module):
-    """K or K^T in the channel Fourier basis: a complex stencil for each frequency, in real numbers."""
+    """K or K^T in the channel Fourier basis: a complex stencil for each frequency, in real numbers.
+
+    `re` and `im` are (C', kh, kw): see `lcc.ops.circulant`.
+    """
 
     def __init__(self, re: Tensor, im: Tensor, *, periodic: bool) -> None:
         super().__init__()
-        channels, kh, kw = re.shape
-        top, left = kh // 2, kw // 2
-        self.pads = (top, top, left, left) if periodic else None
-        self.middle = channels // 2
+        half, (top, left) = len(re) // 2, (re.shape[1] // 2, re.shape[2] // 2)
+        self.pads = (top, top, left, left) if periodic else (0, 0, 0, 0)
         padding = (0, 0) if periodic else (top, left)
-        self.along = frozen_conv(re[:, None], padding=padding, groups=channels)
-        self.across = frozen_conv(im[:, None], padding=padding, groups=channels)
+        self.real_to_real, self.imaginary_to_imaginary, self.imaginary_to_real, self.real_to_imaginary = (
+            frozen_conv(kernel[:, None], padding=padding, groups=half)
+            for stencils in (re, im)
+            for kernel in stencils.split(half)
+        )
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Return (N, C', H, W) for z (N, C', H, W)."""
-        if self.pads is not None:
-            z = wrap_pad(z, self.pads)
-        swapped = torch.cat([z[:, self.middle :], z[:, : self.half]], dim=1)
-        y: Tensor = self.along(z) + self.across(swapped)
-        return y
+    def forward(self, real: Tensor, imaginary: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both parts, (N, C' / 2, H, W) each, for both parts."""
+        real, imaginary = wrap_pad(real, self.pads), wrap_pad(imaginary, self.pads)
+        return (
+            self.real_to_real(real) + self.imaginary_to_real(imaginary),
+            self.imaginary_to_imaginary(imaginary) + self.real_to_imaginary(real),
+        )
