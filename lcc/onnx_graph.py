@@ -132,7 +132,7 @@ def _scale_conv(conv: ir.Node, factor: Array, shift: Array) -> None:
 
 
 def order_sums(model: ir.Model) -> int:
-    """Order every sum of convolutions so that each can add what came before it; return how many were changed.
+    """Order every sum so that its convolutions can each add what came before; return how many were changed.
 
     relu(pw + (dw + residual)): ONNX Runtime runs a convolution, the addition of one finished tensor and an
     activation as one node.
@@ -145,7 +145,7 @@ def order_sums(model: ir.Model) -> int:
         terms, adds = sum_terms(node.outputs[0])
         inner.update(adds)
         sizes = {term: weights(conv, 1).size for term in terms if (conv := own_conv(term)) is not None}
-        if len(sizes) < 2 or len(terms) < 3:
+        if not sizes or len(terms) < 3:
             continue
         done, *rest = sorted(terms, key=lambda term: sizes.get(term, 0))
         for add, term in zip(adds, rest, strict=True):

@@ -1,17 +1,22 @@
+import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
+from stand_in import Scaled, StandIn, approximating
 from torch import nn
 
 from lcc.errors import ArtifactError, CheckFailedError, RecipeError, SourceError
 from lcc.export import to_onnx
 from lcc.methods.linear_mix import LinearMix
 from lcc.models import Loaded, Preprocessing, Source
+from lcc.onnx_export import layer_file
 from lcc.onnx_runtime import Session
+from lcc.ops.wrap import wrap_pad
 from lcc.plan import Group, Plan
 from lcc.specs import ConvSpec
 
@@ -175,3 +180,110 @@ def test_images_that_the_network_can_not_take_are_one_line(tmp_path):
 def test_an_opset_that_the_exporter_can_not_write_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="opset 17"):
         to_onnx(loaded(None), tmp_path / "model.onnx", Plan(), opset=17)
+
+
+def with_operator(lowered):
+    """A network of a convolution to 4 channels and one operator with these lowerings."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), StandIn(lowered), nn.AdaptiveAvgPool2d(2)).eval()
+
+
+def test_what_approximating_costs_is_reported_apart_from_what_onnx_runtime_adds(tmp_path):
+    network = with_operator(approximating(5e-4))
+    result = to_onnx(loaded(network), tmp_path / "model.onnx", PLAN)
+    assert result.lowered == {"1": "off by 0.0005"}
+    assert result.lowering_error == pytest.approx(5e-4, rel=0.01)
+    assert all(entry.relative_error < 1e-5 for entry in result.parity)
+    metadata = Session(tmp_path / "model.onnx").metadata
+    assert json.loads(metadata["lcc.lowering"]) == {"1": "off by 0.0005"}
+    images = torch.randn(1, 3, 10, 12)
+    (got,) = Session(tmp_path / "model.onnx").run({"input": images.numpy()})
+    wanted = (network[2](network[1](network[0](images)) * 1.0005)).detach().numpy()
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+
+
+def test_nothing_is_said_of_lowering_where_operators_are_exported_as_they_are(exported):
+    assert (exported[1].lowered, exported[1].lowering_error) == ({}, None)
+    assert "lcc.lowering" not in Session(exported[0]).metadata
+
+
+def test_the_tolerance_of_lowering_decides_which_way_is_taken(tmp_path):
+    network = loaded(with_operator(approximating(5e-3, 4e-4)))
+    result = to_onnx(network, tmp_path / "model.onnx", PLAN, lowering_tolerance=1e-4)
+    assert result.lowered == {"1": "off by 0.0004, past the tolerance of 1e-04"}
+
+
+def test_a_lowering_that_is_said_to_be_exact_and_is_not_fails_the_check(tmp_path):
+    network = with_operator(lambda op, size: [(Scaled(op.conv, 1.01), "exact")])
+    with pytest.raises(CheckFailedError, match=r"changed the outputs by 1\.0e-02"):
+        to_onnx(loaded(network), tmp_path / "model.onnx", PLAN)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Fourier(nn.Module):
+    """A Fourier transform of the rows, and back."""
+
+    def forward(self, x):
+        return torch.fft.rfft(x).abs()
+
+
+def test_a_fourier_transform_left_in_an_operator_fails_the_check_and_names_it(tmp_path):
+    network = with_operator(lambda op, size: [(nn.Sequential(copy.deepcopy(op.conv), Fourier()), "", 0.1)])
+    with pytest.raises(CheckFailedError, match=r"^1 was lowered to a Fourier transform"):
+        to_onnx(loaded(network), tmp_path / "model.onnx", PLAN, lowering_tolerance=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fourier_transform_of_the_host_is_its_own_affair(tmp_path):
+    network = nn.Sequential(*with_operator(None), Fourier()).eval()
+    to_onnx(loaded(network), tmp_path / "model.onnx", PLAN)
+    types = [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node]
+    assert "DFT" in types
+
+
+def test_images_of_another_size_are_refused_with_the_size_that_is_wanted(exported):
+    session = onnxruntime.InferenceSession(str(exported[0]), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape[1:] == [3, 10, 12]
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match="Expected: 12"):
+        session.run(None, {"input": np.zeros((1, 3, 10, 13), np.float32)})
+
+
+def test_periodic_padding_below_opset_19_is_refused_and_leaves_no_file(tmp_path):
+    class Padded(nn.Module):
+        def forward(self, x):
+            return wrap_pad(x, (1, 1, 1, 1))
+
+    with pytest.raises(RecipeError, match="opset 19 or later"):
+        to_onnx(loaded(Padded().eval()), tmp_path / "model.onnx", PLAN, opset=18)
+    assert list(tmp_path.iterdir()) == []
+
+
+class ExplicitStep(nn.Module):
+    """A reaction-diffusion step as it is lowered: relu(K2 K1 y + (relu(N(M y)) + y)), K1 and K2 depthwise."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.spread = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.gather = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.mix, self.norm = nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        self.norm.running_mean.normal_()
+
+    def forward(self, y):
+        reaction = torch.relu(self.norm(self.mix(y)))
+        return torch.relu(self.gather(self.spread(y)) + (reaction + y))
+
+
+def test_an_explicit_step_runs_as_three_convolutions_and_one_addition(tmp_path):
+    steps = nn.Sequential(nn.Conv2d(16, 32, 1), ExplicitStep(32), ExplicitStep(32), nn.AdaptiveAvgPool2d(1))
+    data = layer_file(steps, torch.randn(1, 16, 14, 14))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.log_severity_level = 4  # it warns that the result is for this processor
+    onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
+    if not any(node.domain == "com.microsoft.nchwc" for node in nodes):
+        pytest.skip("ONNX Runtime has no blocked convolutions for this processor, and fuses less")
+    types = [node.op_type for node in nodes]
+    assert types.count("Conv") == 1 + 2 * 3
+    assert types.count("Add") == 2
+    assert not {"Relu", "BatchNormalization"} & set(types)

@@ -56,6 +56,23 @@ def test_a_residual_comes_first_in_a_sum_so_that_every_addition_finishes_a_convo
     np.testing.assert_allclose(outputs(model), wanted, rtol=0, atol=1e-5)
 
 
+def test_a_convolution_comes_last_in_a_sum_so_that_the_activation_finishes_it_too():
+    text = """(float[N,16,6,6] x) => (float[N,16,6,6] y) {
+        spatial = Conv<group=16, pads=[1,1,1,1]>(x, dw)
+        reaction = Sigmoid(x)
+        sum = Add(spatial, x)
+        total = Add(sum, reaction)
+        y = Relu(total)
+    }"""
+    model = make(text, dw=(16, 1, 3, 3))
+    wanted = outputs(model)
+    assert order_sums(model) == 1
+    first, last = (node for node in model.graph if node.op_type == "Add")
+    assert {value.name for value in first.inputs} == {"x", "reaction"}
+    assert last.inputs[0].name == "spatial"
+    np.testing.assert_allclose(outputs(model), wanted, rtol=0, atol=1e-5)
+
+
 def test_a_sum_that_is_read_twice_is_not_taken_apart():
     text = RESIDUAL.replace("y = Relu(total)", "more = Relu(sum)\n y = Add(total, more)")
     assert order_sums(make(text, **RESIDUAL_WEIGHTS)) == 0
