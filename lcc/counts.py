@@ -1,9 +1,9 @@
 """How many numbers a network stores and how many multiply-accumulates it runs: exact integers.
 
-One MAC is one multiplication and one addition; FLOPs are two per MAC. Biases, norms, activations, pooling, sums
-and elementwise products of tensors (complex ones too) cost none, by convention. One complex FFT of N points is
-round(2.5 N log2 N) MACs, one to or from real numbers half of it. Transforms of weights cost none: for frozen
-weights they are made once, not for each image.
+One MAC is one multiplication and one addition; FLOPs are two per MAC. Biases, norms, activations, pooling,
+sums and elementwise products of tensors (complex ones too) cost none, by convention. One complex FFT of N
+points is round(2.5 N log2 N) MACs, one from or to real numbers half of it. Transforms of weights cost none:
+for frozen weights they are made once, not for each image.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ def _fft_handle(op: str) -> Callable[[list[Any], list[Any]], int]:
             stated = (_integers(lengths) or [None])[-1]
             shape[dims[-1]] = given[dims[-1]] if stated is None else stated
         points = math.prod(shape[d] for d in dims)
-        return math.prod(shape) // points * fft_macs(points, real=op not in COMPLEX_FFTS)
+        transforms: int = math.prod(shape) // points
+        return transforms * fft_macs(points, real=op not in COMPLEX_FFTS)
 
     return handle
 
@@ -178,7 +179,9 @@ def _integers(value: Any) -> list[Any] | None:
     if value.node().kind() == "prim::ListConstruct":
         return [entry.toIValue() for entry in value.node().inputs()]
     constant = value.toIValue()
-    return constant if constant is None or isinstance(constant, list) else [constant]
+    if constant is None or isinstance(constant, list):
+        return constant
+    return [constant]
 
 
 def _sees_the_image(value: Any) -> bool:

@@ -1,23 +1,26 @@
-"""What the contract suite runs every method on: a new method is a new entry."""
+"""What the contract suite runs every method on: a new method is a new entry in every table."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import pairwise
+from typing import NamedTuple
 
-from reference import linear_mix_reference
+import torch
+from hypothesis import strategies as st
+from reference import circulant_reference, linear_mix_reference
+from torch import nn
 
+from lcc.methods import METHODS, LinearOp, Method
+from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
-from lcc.specs import ConvSpec, Size
-
-if TYPE_CHECKING:
-    from lcc.methods import Method
+from lcc.specs import ConvSpec, Size, StepSpec
 
 SIZE = Size(height=9, width=7)
 
 
 class Case(NamedTuple):
     method: Method
-    spec: ConvSpec
+    spec: ConvSpec | StepSpec
 
     def __str__(self) -> str:
         return f"{self.method} on {self.spec}".replace(" ", "-")
@@ -25,6 +28,12 @@ class Case(NamedTuple):
 
 def conv(channels, kernel=(3, 3), out=None, **options) -> ConvSpec:
     return ConvSpec(in_channels=channels, out_channels=out or channels, kernel_size=kernel, **options)
+
+
+def step(channels, kernel=(3, 3), **options) -> StepSpec:
+    """A basic block of a ResNet: two convolutions, each with a BatchNorm."""
+    inner = conv(channels, kernel, padding=tuple(k // 2 for k in kernel))
+    return StepSpec(channels=channels, convs=(inner, inner), norm_params=4 * channels, **options)
 
 
 # The padded 3x3 convolution of a ResNet, and everything that makes one different.
@@ -51,8 +60,138 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case(LinearMix(change_channels=True), conv(3, out=6, padding=(1, 1), stride=(2, 2))),
         Case(LinearMix(group_size=2, change_channels=True), conv(6, out=3, padding=(1, 1), bias=True)),
     ),
+    "circulant": (
+        *(Case(Circulant(), spec) for spec in SHAPES),
+        Case(Circulant(), conv(2, padding=(1, 1), bias=True)),
+        Case(Circulant(), conv(3, padding=(1, 1), bias=True, stride=(2, 2))),
+        Case(Circulant(), conv(7, padding=(2, 1), kernel=(4, 3))),
+        Case(Circulant(), conv(6, padding="same", kernel=(2, 4), bias=True)),
+        Case(Circulant(), conv(5, padding="same", kernel=(4, 2), padding_mode="circular")),
+    ),
 }
-ORACLES = {"linear_mix": linear_mix_reference}
-# Closed forms: linear in the input and in the weights, so that a projection exists.
-LINEAR = {"linear_mix"}
+ORACLES = {"linear_mix": linear_mix_reference, "circulant": circulant_reference}
+# Random configurations, for the test of eligibility.
+METHOD_STRATEGIES = {
+    "linear_mix": st.builds(
+        LinearMix,
+        group_size=st.integers(1, 4),
+        stencil=st.sampled_from(["square", "cross", "horizontal", "vertical"]),
+        change_channels=st.booleans(),
+    ),
+    "circulant": st.just(Circulant()),
+}
+# Which cases go through ONNX Runtime, by index.
+ONNX = {"linear_mix": (1, 8, 13), "circulant": (1, 2, 8, 12, 14)}
+# Whose output channels share one scale.
+ONE_SCALE = {"circulant"}
+
 EVERY = [case for cases in CASES.values() for case in cases]
+# Linear in the input and in the weights, so that a projection exists.
+CLOSED_FORMS = [case for case in EVERY if isinstance(case.method.build(case.spec), LinearOp)]
+ON_CONVS = [case for case in EVERY if isinstance(case.spec, ConvSpec)]
+ONNX_CASES = [CASES[name][index] for name, chosen in ONNX.items() for index in chosen]
+
+CONV_SPECS = st.builds(
+    ConvSpec,
+    in_channels=st.integers(1, 6),
+    out_channels=st.integers(1, 6),
+    kernel_size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.one_of(st.just("valid"), st.tuples(st.integers(0, 3), st.integers(0, 3))),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    bias=st.booleans(),
+    padding_mode=st.sampled_from(["zeros", "replicate"]),
+)
+STEP_SPECS = st.builds(
+    step,
+    st.integers(1, 6),
+    st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    activation=st.sampled_from(["relu", "silu"]),
+    post=st.sampled_from([None, "relu", "gelu"]),
+    pre_norm=st.booleans(),
+    drop_path=st.sampled_from([0.0, 0.2]),
+)
+SPECS = {"conv": CONV_SPECS, "step": STEP_SPECS}
+# Every method on every kind of site that it takes.
+METHODS_BY_KIND = [(name, kind) for name, method in METHODS.items() for kind in sorted(method.kinds)]
+
+
+ACTIVATIONS = {None: nn.Identity, "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+
+
+class Step(nn.Module):
+    """A residual step as the spec says, for methods to replace: x + F(x), then the activation after it."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        super().__init__()
+        first, *others = (
+            part for conv in spec.convs for part in (_conv(conv), nn.BatchNorm2d(spec.channels))
+        )
+        parts = [others[-1], first, *others[:-1]] if spec.pre_norm else [first, *others]
+        self.inner = nn.Sequential()
+        for part, following in pairwise([*parts, None]):
+            self.inner.append(part)
+            if isinstance(part, nn.BatchNorm2d) and following is not None:
+                self.inner.append(ACTIVATIONS[spec.activation]())
+        self.post = ACTIVATIONS[spec.post]()
+
+    def forward(self, x):
+        y = self.inner(x)
+        return self.post(x + y[:, :, : x.shape[2], : x.shape[3]])
+
+
+def _conv(spec: ConvSpec) -> nn.Conv2d:
+    return nn.Conv2d(
+        spec.in_channels,
+        spec.out_channels,
+        spec.kernel_size,
+        stride=spec.stride,
+        padding=spec.padding,
+        dilation=spec.dilation,
+        groups=spec.groups,
+        bias=spec.bias,
+        padding_mode=spec.padding_mode,
+    )
+
+
+def original(spec: ConvSpec | StepSpec, *, seed=0) -> nn.Module:
+    """Return what a method replaces, in float64 and eval mode, with random weights and statistics."""
+    torch.manual_seed(seed)
+    return perturbed(_conv(spec) if isinstance(spec, ConvSpec) else Step(spec))
+
+
+def operator(case, *, seed=1):
+    """Return the operator likewise."""
+    torch.manual_seed(seed)
+    return perturbed(case.method.build(case.spec))
+
+
+@torch.no_grad()
+def perturbed(module):
+    """Move what a fresh module may hold at zero or one, where errors do not show."""
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.weight.uniform_(0.5, 1.5)
+            part.bias.normal_()
+            part.running_mean.normal_()
+            part.running_var.uniform_(0.5, 1.5)
+    return module.double().eval()
+
+
+def channels_of(spec):
+    return spec.in_channels if isinstance(spec, ConvSpec) else spec.channels
+
+
+def inputs(spec, count=2, *, seed=2, size=SIZE):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(
+        count, channels_of(spec), size.height, size.width, dtype=torch.float64, generator=generator
+    )
+
+
+def smooth_inputs(spec, count=40):
+    """Channels that depend on each other and pixels that depend on their neighbours, as in a network."""
+    white = inputs(spec, count)
+    mixing = torch.randn(channels_of(spec), channels_of(spec), dtype=torch.float64)
+    mixed = torch.einsum("ij,njhw->nihw", mixing, white)
+    return nn.functional.avg_pool2d(mixed, 3, stride=1, padding=1) + 0.3

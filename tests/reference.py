@@ -9,8 +9,8 @@ PAD = {"zeros": "constant", "reflect": "reflect", "circular": "wrap", "replicate
 
 def conv_reference(x, kernel, bias, *, stride, margin, dilation, mode):
     """Return the convolution of x (N, C, H, W) with a dense kernel (O, C, kh, kw), output pixel by pixel."""
-    (top, left), (sh, sw), (dh, dw) = margin, stride, dilation
-    padded = np.pad(x, ((0, 0), (0, 0), (top, top), (left, left)), mode=PAD[mode])
+    (rows_around, columns_around), (sh, sw), (dh, dw) = margin, stride, dilation
+    padded = np.pad(x, ((0, 0), (0, 0), rows_around, columns_around), mode=PAD[mode])
     n, _, height, width = padded.shape
     out, _, kh, kw = kernel.shape
     rows = (height - dh * (kh - 1) - 1) // sh + 1
@@ -26,12 +26,33 @@ def conv_reference(x, kernel, bias, *, stride, margin, dilation, mode):
 
 
 def margin_of(spec):
-    """Return the padding of a spec from its definition: `same` keeps the size at stride 1."""
+    """Return the padding of a spec, ((above, below), (left, right)): `same` keeps the size at stride 1."""
     if spec.padding == "valid":
-        return 0, 0
+        return (0, 0), (0, 0)
     if spec.padding == "same":
-        return tuple(d * (k - 1) // 2 for k, d in zip(spec.kernel_size, spec.dilation, strict=True))
-    return spec.padding
+        reach = [d * (k - 1) for k, d in zip(spec.kernel_size, spec.dilation, strict=True)]
+        return tuple((n // 2, n - n // 2) for n in reach)
+    return tuple((n, n) for n in spec.padding)
+
+
+def circulant_reference(op, method, x):
+    """Return the convolution with W[i, j] = theta[(j - i) mod c] written out entry by entry."""
+    spec = op.spec
+    theta = op.theta.detach().numpy()
+    c = len(theta)
+    dense = np.zeros((c, c, *spec.kernel_size))
+    for i in range(c):
+        for d in range(c):
+            dense[i, (i + d) % c] = theta[d]
+    return conv_reference(
+        x,
+        dense,
+        None if op.bias is None else op.bias.detach().numpy(),
+        stride=spec.stride,
+        margin=margin_of(spec),
+        dilation=spec.dilation,
+        mode=spec.padding_mode,
+    )
 
 
 def linear_mix_reference(op, method, x):

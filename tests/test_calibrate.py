@@ -29,7 +29,9 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from lcc import calibrate
 from lcc.calibrate import calibrate_, project_
 from lcc.methods import Fit
-from lcc.methods.linear_mix import HELD_OUT_EVERY, RIDGES, LinearMix
+from lcc.methods.linear_mix import LinearMix
+from lcc.ops.fit import RIDGES
+from lcc.ops.sampling import HELD_OUT_EVERY
 from lcc.surgery import find_sites, replace_
 
 IMAGES = photos(23)

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 from pydantic import PlainValidator, SerializeAsAny
 
 from lcc.methods.base import Fit, LinearOp, LowCostOp, Lowering, Method, SiteKind, Statistics
+from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
 
-METHODS: dict[str, type[Method]] = {"linear_mix": LinearMix}
+METHODS: dict[str, type[Method]] = {"linear_mix": LinearMix, "circulant": Circulant}
 
 __all__ = [
     "METHODS",

@@ -16,18 +16,14 @@ from torch.nn import functional as F
 
 from lcc.methods.base import Fit, LinearOp, Lowering, Method, SiteKind, as_conv
 from lcc.ops.fit import ArrowGram, ArrowWeights, relative_error
+from lcc.ops.padding import pad
+from lcc.ops.sampling import SampledGrams
 from lcc.specs import ConvSpec, Cost, Size
 
 if TYPE_CHECKING:
     from lcc.methods.base import Statistics
 
 Stencil = Literal["square", "cross", "horizontal", "vertical"]
-
-HELD_OUT_EVERY = 5  # every fifth image judges the ridge and gives the reported error
-MIN_SAMPLES = 16_384  # positions looked at in each call, where there are as many
-SAMPLES_PER_UNKNOWN = 128
-CHUNK = 8_192
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
 
 
 class LinearMix(Method):
@@ -155,8 +151,7 @@ class LinearMixOp(LinearOp):
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, C_out, H', W') for x (N, C_in, H, W)."""
         if self.padding_mode != "zeros":
-            top, left = self.spec.margin
-            x = F.pad(x, (left, left, top, top), mode=self.padding_mode)
+            x = pad(x, self.spec)
         y: Tensor = self.pointwise(_crop(x, self.pointwise_crop)) + self.spatial(_crop(x, self.spatial_crop))
         return y
 
@@ -195,30 +190,16 @@ class LinearMixOp(LinearOp):
         """
         if not isinstance(statistics, LinearMixStatistics):
             raise TypeError("these statistics were made by another kind of operator")
-        train, held_out = statistics.train, statistics.held_out
-        both = train + held_out
-        if train.count == 0 or held_out.count == 0:  # too few images to hold any out
-            train = held_out = both
-        if statistics.centered:
-            train, held_out, centered = train.centered(), held_out.centered(), both.centered()
-        else:
-            centered = both
-        start = self._weights()
-        start_error = held_out.squared_error(start).sum()
-        errors = {ridge: held_out.squared_error(train.solve(ridge, start)).sum() for ridge in RIDGES}
-        ridge = min(errors, key=lambda key: float(errors[key]))
-        helps = bool(errors[ridge] < start_error)
-        weights = centered.solve(ridge, start) if helps else start
-        self._set_weights(weights)
+        found = statistics.best(self._weights())
+        self._set_weights(found.weights)
         if self.bias is not None:
-            self.bias.copy_(both.intercept(weights).flatten())
-        norm = held_out.output_output
+            self.bias.copy_(found.moments.intercept(found.weights).flatten())
         return Fit(
             how="data",
-            start_error=relative_error(start_error, norm),
-            relative_error=relative_error(errors[ridge] if helps else start_error, norm),
-            ridge=ridge if helps else None,
-            samples=both.count,
+            start_error=found.start_error,
+            relative_error=found.relative_error,
+            ridge=found.ridge,
+            samples=found.moments.count,
         )
 
     @torch.no_grad()
@@ -335,60 +316,35 @@ class LinearMixOp(LinearOp):
         self._set_pointwise(centre.to(self.pointwise.weight.dtype))
 
 
-class LinearMixStatistics:
+class LinearMixStatistics(SampledGrams[ArrowGram]):
     """Gram matrices of all channels' centre taps and each group's other taps, at sampled positions.
 
     Regressors are the input under each tap: the centre ones are common to all outputs, the others private
-    to a channel group. Every fifth image is held out.
+    to a channel group.
     """
 
     def __init__(self, op: LinearMixOp, *, free_means: bool) -> None:
-        self.spec = op.spec
         self.groups = op.channel_groups
-        self.taps = op.off_centre_taps()
-        self.centered = free_means or op.spec.bias
-        private = (self.groups, len(self.taps) * op.in_channels // self.groups)
+        around = op.off_centre_taps()
+        private = (self.groups, len(around) * op.in_channels // self.groups)
         per_group_out = op.out_channels // self.groups
         device = op.pointwise.weight.device
-        self.train = ArrowGram(op.in_channels, private, per_group_out, device)
-        self.held_out = ArrowGram(op.in_channels, private, per_group_out, device)
-        self.images = 0
-        self.samples = max(MIN_SAMPLES, SAMPLES_PER_UNKNOWN * (op.in_channels + private[1]))
-
-    @torch.no_grad()
-    def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Take in (N, C_in, H, W) inputs and the (N, C_out, H', W') outputs wanted for them."""
-        count, _, height, width = outputs.shape
-        generator = torch.Generator().manual_seed(self.images)
-        per_image = min(height * width, -(-self.samples // count))
-        # The same number of positions in every image, without repetition inside one.
-        scores = torch.rand(count, height * width, generator=generator)
-        positions = scores.topk(per_image, dim=1).indices.flatten().to(inputs.device)
-        image = torch.arange(count, device=inputs.device).repeat_interleave(per_image)
-        held_out = (image + self.images) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        self.images += count
-        top, left = self.spec.margin
-        mode = "constant" if self.spec.padding_mode == "zeros" else self.spec.padding_mode
-        padded = F.pad(inputs, (left, left, top, top), mode=mode)
-        for gram, chosen in ((self.train, ~held_out), (self.held_out, held_out)):
-            for rows in chosen.nonzero()[:, 0].split(CHUNK):
-                n, at = image[rows], positions[rows]
-                self._add_samples(gram, padded, outputs, n, at // width, at % width)
-
-    def _add_samples(
-        self, gram: ArrowGram, padded: Tensor, outputs: Tensor, n: Tensor, i: Tensor, j: Tensor
-    ) -> None:
-        (sh, sw), (dh, dw), (kh, kw) = self.spec.stride, self.spec.dilation, self.spec.kernel_size
-
-        def under(tap: tuple[int, int]) -> Tensor:
-            return padded[n, :, i * sh + tap[0] * dh, j * sw + tap[1] * dw]
-
-        around = torch.stack([under(tap) for tap in self.taps], dim=-1)  # (M, C_in, T)
-        gram.add(
-            under((kh // 2, kw // 2)),
-            around.unflatten(1, (self.groups, -1)).flatten(2),
-            outputs[n, :, i, j].unflatten(1, (self.groups, -1)),
+        kh, kw = op.kernel_size
+        super().__init__(
+            op.spec,
+            [(kh // 2, kw // 2), *around],
+            (
+                ArrowGram(op.in_channels, private, per_group_out, device),
+                ArrowGram(op.in_channels, private, per_group_out, device),
+            ),
+            unknowns=op.in_channels + private[1],
+            centered=free_means or op.spec.bias,
         )
+
+    def take_in(self, gram: ArrowGram, patches: Tensor, outputs: Tensor) -> None:
+        """Add M samples: patches (M, C_in, T), the inputs under the T taps, and outputs (M, C_out)."""
+        around = patches[:, :, 1:].unflatten(1, (self.groups, -1)).flatten(2)
+        gram.add(patches[:, :, 0], around, outputs.unflatten(1, (self.groups, -1)))
 
 
 def _crop(x: Tensor, margin: tuple[int, int]) -> Tensor:

@@ -1,12 +1,13 @@
 """Block-circulant coupling across channels, in a real channel Fourier basis where it is nearly depthwise.
 
 The coupling is (K x)_i = sum over d of theta_d * x_(i + d mod C): the dense kernel has W[i, j] =
-theta[(j - i) mod C], theta (C, kh, kw), in torch's cross-correlation convention. A Fourier transform across the
-channels decouples it into a complex stencil for every frequency. Here it is written in real numbers: z = D x
-with D `analysis` (C', C), orthonormal, the channels of z ordered [real parts; imaginary parts]. Multiplying by a
-complex stencil is then re * z + im * swap(z), two depthwise convolutions, the swap exchanging the halves:
-K x = S (re * D x + im * swap(D x)), S = D^T `synthesis`. C' is C for even C, where the constant and the highest
-frequency, both real, share the halves' first channels. For odd C it is C + 1: one channel is zero.
+theta[(j - i) mod C], theta (C, kh, kw), in torch's cross-correlation convention. A Fourier transform across
+the channels decouples it into a complex stencil for every frequency. Here it is written in real numbers:
+z = D x with D `analysis` (C', C), orthonormal, the channels of z ordered [real parts; imaginary parts].
+Multiplying by a complex stencil is then re * z + im * swap(z), two depthwise convolutions, the swap
+exchanging the halves: K x = S (re * D x + im * swap(D x)), S = D^T `synthesis`. C' is C for even C, where the
+constant and the highest frequency, both real, share the halves' first channels. For odd C it is C + 1: one
+channel is zero.
 
 Source: arXiv:1805.07821, eq. (12), in another basis.
 """
@@ -37,7 +38,7 @@ def analysis(channels: int) -> Tensor:
     real[0] = 1
     if channels % 2 == 0:
         imaginary[0] = 1 - 2 * (torch.arange(channels) % 2)
-    return torch.cat([real, imaginary]) / channels**0.5
+    return torch.cat([real, imaginary]).div(channels**0.5)
 
 
 def synthesis(channels: int) -> Tensor:
@@ -87,7 +88,8 @@ def apply(
 def circulant_kernel(theta: Tensor) -> Tensor:
     """Return the dense kernel W (C, C, kh, kw), W[i, j] = theta[(j - i) mod C]. Differentiable."""
     channel = torch.arange(len(theta), device=theta.device)
-    return theta[(channel[None, :] - channel[:, None]) % len(theta)]
+    kernel: Tensor = theta[(channel[None, :] - channel[:, None]) % len(theta)]
+    return kernel
 
 
 def diagonal_means(kernel: Tensor) -> Tensor:
@@ -113,7 +115,8 @@ def periodic_circulant_gram(x: Tensor, theta: Tensor) -> Tensor:
 def circulant_symbol(theta: Tensor, height: int, width: int) -> Tensor:
     """Return F3(K e1) at the frequencies of rfftn, (C, H, W // 2 + 1), complex."""
     # The grid holds taps by their offset, the response to a delta by minus it: hence the conjugate.
-    return torch.fft.rfftn(periodic_grid(theta, height, width)).conj()
+    symbol: Tensor = torch.fft.rfftn(periodic_grid(theta, height, width)).conj()
+    return symbol
 
 
 def _filtered(x: Tensor, theta: Tensor, *, gram: bool) -> Tensor:
@@ -124,4 +127,5 @@ def _filtered(x: Tensor, theta: Tensor, *, gram: bool) -> Tensor:
         if gram:
             symbol = (symbol * symbol.conj()).real
         y = torch.fft.irfftn(torch.fft.rfftn(x.to(exact), dim=dims) * symbol, s=size, dim=dims)
-    return y.to(x.dtype)
+    result: Tensor = y.to(x.dtype)
+    return result

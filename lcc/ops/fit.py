@@ -2,12 +2,91 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
+
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
+
+W = TypeVar("W")
+
+
+class Gram(ABC, Generic[W]):
+    """Second moments of a regression with weights of type W. All attributes are sums over samples, but FIXED.
+
+    `count` samples; `output_output` sums to the squared norm of the outputs.
+    """
+
+    FIXED: ClassVar[frozenset[str]] = frozenset()
+    count: int
+    output_output: Tensor
+
+    def __add__(self, other: Self) -> Self:
+        total = object.__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(total, name, value if name in self.FIXED else value + getattr(other, name))
+        return total
+
+    @abstractmethod
+    def centered(self) -> Self:
+        """Return the moments about the means: those of samples with their means taken off."""
+
+    @abstractmethod
+    def intercept(self, weights: W) -> Tensor:
+        """Return what must be added to the outputs of `weights` to make their means right."""
+
+    @abstractmethod
+    def squared_error(self, weights: W) -> Tensor:
+        """Return parts whose total is the sum over the samples of |output - prediction|^2."""
+
+    @abstractmethod
+    def solve(self, ridge: float, start: W) -> W:
+        """Return the weights with the least squared error plus `ridge` times their distance to `start`.
+
+        `ridge` is in units of the mean square of the regressors. Raises: ValueError: NaN or infinity.
+        """
+
+
+class Solution(NamedTuple, Generic[W]):
+    """The weights found, and their errors relative to the outputs, on held-out samples.
+
+    `ridge` is None where the start was best. `moments` are those of all samples, not centred.
+    """
+
+    weights: W
+    ridge: float | None
+    start_error: float
+    relative_error: float
+    moments: Gram[W]
+
+
+def best_ridge(train: Gram[W], held_out: Gram[W], start: W, *, centered: bool) -> Solution[W]:
+    """Return the ridge solution on all samples, with the ridge that has the least error on held-out ones.
+
+    Where none beats the start there, the start is kept. `centered`: means are free.
+    """
+    both = train + held_out
+    if train.count == 0 or held_out.count == 0:  # too few images to hold any out
+        train = held_out = both
+    everything = both
+    if centered:
+        train, held_out, everything = train.centered(), held_out.centered(), both.centered()
+    start_error = held_out.squared_error(start).sum()
+    errors = {ridge: held_out.squared_error(train.solve(ridge, start)).sum() for ridge in RIDGES}
+    ridge = min(errors, key=lambda key: float(errors[key]))
+    helps = bool(errors[ridge] < start_error)
+    norm = held_out.output_output
+    return Solution(
+        weights=everything.solve(ridge, start) if helps else start,
+        ridge=ridge if helps else None,
+        start_error=relative_error(start_error, norm),
+        relative_error=relative_error(errors[ridge] if helps else start_error, norm),
+        moments=both,
+    )
 
 
 class ArrowWeights(NamedTuple):
@@ -17,7 +96,7 @@ class ArrowWeights(NamedTuple):
     private: Tensor
 
 
-class ArrowGram:
+class ArrowGram(Gram[ArrowWeights]):
     """Second moments of a regression in which G groups of outputs share regressors and own others.
 
     Outputs y (G, q) are explained by c common regressors and by p private ones of their group:
@@ -64,12 +143,6 @@ class ArrowGram:
         self.output_common += (outputs.flatten(1).T @ common).reshape(groups, -1, common.shape[1])
         self.output_private += torch.einsum("mgq,mgp->gqp", outputs, private)
         self.output_output += outputs.square().sum(0)
-
-    def __add__(self, other: ArrowGram) -> ArrowGram:
-        total = object.__new__(ArrowGram)
-        for name, value in vars(self).items():
-            setattr(total, name, value + getattr(other, name))
-        return total
 
     def centered(self) -> ArrowGram:
         """Return the moments about the means: those of samples with their means taken off."""
