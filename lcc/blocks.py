@@ -56,14 +56,11 @@ class ResidualStep(nn.Module):
 
 def _body(spec: StepSpec) -> Iterator[nn.Module]:
     """Yield F's layers in order."""
-    channels, norm_params = spec.channels, spec.norm_params
-    gated = [
-        n for n, conv in enumerate(spec.convs) if spec.squeeze and conv.out_channels == _gate_width(spec)
-    ]
+    norm_params, gated = spec.norm_params, _gated(spec)
     for number, conv in enumerate(spec.convs):
-        if conv.in_channels != channels:
-            yield _Fit(conv.in_channels)
-        normed = conv.in_channels if spec.pre_norm else conv.out_channels
+        yield _Fit(conv.in_channels)
+        channels = conv.out_channels
+        normed = conv.in_channels if spec.pre_norm else channels
         norm = []
         if norm_params >= 2 * normed:
             norm_params -= 2 * normed
@@ -74,15 +71,18 @@ def _body(spec: StepSpec) -> Iterator[nn.Module]:
             yield from (convolution(conv), *norm)
             if number < len(spec.convs) - 1:
                 yield _Activation(spec.activation)
-        if gated and number == gated[-1]:
-            yield _Gate(spec)
-        channels = conv.out_channels
-    if channels != spec.channels:
-        yield _Fit(spec.channels)
+        if number == gated:
+            yield _Gate(spec, channels)
+    yield _Fit(spec.channels)
 
 
-def _gate_width(spec: StepSpec) -> int:
-    return spec.squeeze[0].in_channels
+def _gated(spec: StepSpec) -> int | None:
+    """Return after which convolution squeeze-and-excitation comes: the last one of its width."""
+    if not spec.squeeze:
+        return None
+    last = len(spec.convs) - 1
+    fitting = [n for n, conv in enumerate(spec.convs) if conv.out_channels == spec.squeeze[0].in_channels]
+    return fitting[-1] if fitting else last
 
 
 class _Activation(nn.Module):
@@ -97,16 +97,16 @@ class _Activation(nn.Module):
 class _Gate(nn.Module):
     """Squeeze-and-excitation: x times sigmoid(G(x pooled to one pixel))."""
 
-    def __init__(self, spec: StepSpec) -> None:
+    def __init__(self, spec: StepSpec, channels: int) -> None:
         super().__init__()
-        self.activation = spec.activation
-        self.convs = nn.ModuleList(convolution(conv) for conv in spec.squeeze)
+        layers: list[nn.Module] = []
+        for conv in spec.squeeze:
+            layers += [_Activation(spec.activation)] if layers else []
+            layers += [_Fit(conv.in_channels), convolution(conv)]
+        self.layers = nn.Sequential(*layers, _Fit(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = x.mean((2, 3), keepdim=True)
-        for number, conv in enumerate(self.convs):
-            gate = conv(activate(gate, self.activation) if number else gate)
-        return x * torch.sigmoid(gate)
+        return x * torch.sigmoid(self.layers(x.mean((2, 3), keepdim=True)))
 
 
 class _Fit(nn.Module):
@@ -117,5 +117,6 @@ class _Fit(nn.Module):
         self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        times = math.ceil(self.channels / x.shape[1])
-        return x.repeat(1, times, 1, 1)[:, : self.channels]
+        if x.shape[1] == self.channels:
+            return x
+        return x.repeat(1, math.ceil(self.channels / x.shape[1]), 1, 1)[:, : self.channels]

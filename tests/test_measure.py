@@ -7,13 +7,15 @@ from lcc import measure
 from lcc.errors import RecipeError
 from lcc.measure import bench_layers, bench_onnx, bench_torch
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.reaction_diffusion import RdExplicit, RdImplicit
 from lcc.plan import Group, Plan, Site
-from lcc.specs import ConvSpec, Size
+from lcc.specs import ConvSpec, Size, StepSpec
 from lcc.timing import Latency, Speedup
 
 SPEC = ConvSpec(in_channels=16, out_channels=16, kernel_size=(3, 3), padding=(1, 1))
 SITES = tuple(Site(name=name, spec=SPEC, sizes=(Size(height=7, width=9),)) for name in ("a", "b", "kept"))
 PLAN = Plan(groups=(Group(method=LinearMix(), sites=("a", "b")),))
+STEP = StepSpec(channels=16, convs=(SPEC, SPEC), norm_params=64, post="relu")
 CONV = "(float[N,3,{size},{size}] x) => (float[N,8,{size},{size}] y) {{ y = Conv<pads=[1,1,1,1]>(x, w) }}"
 
 
@@ -57,6 +59,23 @@ def test_every_converted_site_is_timed_against_its_dense_original(onnx):
     assert layer.before.runs == layer.after.runs >= 30
     assert layer.speedup.median == pytest.approx(layer.before.median_ms / layer.after.median_ms, rel=0.5)
     assert bench.conditions.runtime == ("ONNX Runtime" if onnx else "torch eager (NCHW)")
+
+
+@pytest.mark.parametrize("onnx", [False, True])
+def test_a_residual_step_is_timed_against_the_block_that_it_was(onnx):
+    sites = tuple(
+        Site(name=name, kind="step", spec=STEP, sizes=(Size(height=14, width=14),))
+        for name in ("explicit", "implicit")
+    )
+    plan = Plan(
+        groups=(
+            Group(method=RdExplicit(), sites=("explicit",)),
+            Group(method=RdImplicit(), sites=("implicit",)),
+        )
+    )
+    bench = bench_layers(sites, plan, onnx=onnx)
+    assert list(bench.layers) == ["explicit", "implicit"]
+    assert all(layer.after.runs >= 30 for layer in bench.layers.values())
 
 
 def fixed(monkeypatch, before, after):
