@@ -4,8 +4,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lcc.counts import count_macs, count_norm_params, count_params, fvcore_macs
+from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
-from lcc.specs import ConvSpec, Size
+from lcc.ops.circulant import periodic_circulant
+from lcc.specs import ConvSpec, Size, fft_macs
 
 SPEC = ConvSpec(in_channels=8, out_channels=8, kernel_size=(3, 3), padding=(1, 1))
 
@@ -83,6 +85,83 @@ def test_an_operator_costs_what_its_method_says_and_what_its_parts_cost(stencil)
     wanted = method.cost(SPEC, Size(height=6, width=7)).macs
     assert count_macs(network, example).macs == wanted
     assert count_macs(network, example, {"0": method}).by_module == {"0": wanted}
+
+
+class Applied(nn.Module):
+    """A function of the image, and of a weight that is transformed as well."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.randn(1, 4, 6, 10))
+
+    def forward(self, x):
+        return self.function(x, self.weight)
+
+
+C, H, W = 4, 6, 10  # channels, height, width
+
+
+@pytest.mark.parametrize(
+    ("function", "macs"),
+    [
+        (lambda x, _: torch.fft.fft(x), C * H * fft_macs(W, real=False)),
+        (lambda x, _: torch.fft.ifft(x, dim=1), H * W * fft_macs(C, real=False)),
+        (lambda x, _: torch.fft.fft2(x), C * fft_macs(H * W, real=False)),
+        (lambda x, _: torch.fft.ifft2(x), C * fft_macs(H * W, real=False)),
+        (lambda x, _: torch.fft.fftn(x), fft_macs(C * H * W, real=False)),
+        (lambda x, _: torch.fft.ifftn(x, dim=(1, 2)), W * fft_macs(C * H, real=False)),
+        (lambda x, _: torch.fft.rfft(x, dim=2), C * W * fft_macs(H, real=True)),
+        (lambda x, _: torch.fft.rfft(x, n=11), C * H * fft_macs(11, real=True)),
+        (lambda x, _: torch.fft.rfft(x, n=7), C * H * fft_macs(7, real=True)),
+        (lambda x, _: torch.fft.irfft(x, n=7), C * H * fft_macs(7, real=True)),
+        (lambda x, _: torch.fft.irfft(x), C * H * fft_macs(2 * (W - 1), real=True)),
+        (lambda x, _: torch.fft.rfft2(x), C * fft_macs(H * W, real=True)),
+        (lambda x, _: torch.fft.rfft2(x, s=(8, 9)), C * fft_macs(72, real=True)),
+        (lambda x, _: torch.fft.irfft2(x, s=x.shape[2:]), C * fft_macs(H * W, real=True)),
+        (lambda x, _: torch.fft.rfftn(x, dim=(1, 2, 3)), fft_macs(C * H * W, real=True)),
+        (lambda x, _: torch.fft.rfftn(x, s=(8, 8)), C * fft_macs(64, real=True)),
+        (lambda x, _: torch.fft.irfftn(x, s=x.shape[1:], dim=(1, 2, 3)), fft_macs(C * H * W, real=True)),
+    ],
+)
+def test_fourier_transforms_are_counted_by_their_points(function, macs):
+    counted = fvcore_macs(Applied(function), torch.randn(1, C, H, W))
+    assert counted.macs == macs > 0
+    assert not any("fft" in op for op in counted.unsupported)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, weight: x * torch.fft.rfft2(weight).real.sum(),
+        lambda x, weight: x * torch.fft.rfft2(weight[:, :, : x.shape[2]] + x.new_zeros(1)).real.sum(),
+    ],
+)
+def test_transforms_of_weights_alone_are_not_counted(function):
+    assert fvcore_macs(Applied(function), torch.randn(1, C, H, W)).macs == 0
+
+
+def test_a_transform_of_weights_and_image_together_is_counted():
+    model = Applied(lambda x, weight: torch.fft.rfft2(nn.functional.relu(weight * x)))
+    assert fvcore_macs(model, torch.randn(1, C, H, W)).macs == C * fft_macs(H * W, real=True)
+
+
+def test_one_image_of_a_batch_is_counted():
+    model = Applied(lambda x, _: torch.fft.fft2(x))
+    assert fvcore_macs(model, torch.randn(5, C, H, W)).macs == C * fft_macs(H * W, real=False)
+
+
+def test_the_periodic_circulant_convolution_costs_two_transforms():
+    weight = torch.randn(C, 3, 3)
+    counted = fvcore_macs(Applied(lambda x, _: periodic_circulant(x, weight)), torch.randn(1, C, H, W))
+    assert counted.macs == 2 * fft_macs(C * H * W, real=True)
+
+
+def test_a_circulant_operator_is_counted_by_its_formula():
+    network, example = nn.Sequential(Circulant().build(SPEC)), torch.randn(1, 8, 6, 7)
+    wanted = 42 * (8 * 8 + 2 * 9 * 8 + 8 * 8)
+    assert count_macs(network, example, {"0": Circulant()}).by_module == {"0": wanted}
+    assert fvcore_macs(network, example).macs == wanted
 
 
 def test_a_module_with_parameters_of_an_unknown_kind_is_listed():
