@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import psutil
 import torch
@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 # vgg11_bn 0.88), and the share of free memory that it may take.
 MARGIN = 1.45
 MEMORY_SHARE = 0.8
+
+
+class Store(Protocol):
+    """Where fits are kept while others are made, so that an interrupted calibration can go on."""
+
+    def restore_(self, site: str, operator: LowCostOp) -> Fit | None:
+        """Give the operator the weights kept for it and return its fit; None if there are none."""
+
+    def keep(self, site: str, operator: LowCostOp, fit: Fit) -> None:
+        """Write down a fitted site."""
 
 
 class Calibration(NamedTuple):
@@ -57,10 +67,12 @@ def calibrate_(
     images: Tensor,
     *,
     on_site: Callable[[str, Fit], None] | None = None,
+    store: Store | None = None,
 ) -> Calibration:
     """Fit every operator to its original on images (N, C, H, W), and re-estimate BatchNorms behind them.
 
-    The model is left in eval mode. `on_site` is called with each new fit.
+    The model is left in eval mode. `on_site` is called with each new fit. What `store` has is not fitted
+    again.
     """
     model.eval()
     for original in originals.values():
@@ -68,7 +80,7 @@ def calibrate_(
     projected = project_(model, originals)
     norms = {site.name: site.norm for site in sites}
     streams = [
-        _Stream(_operator(model, name), conv, name, norm=norms.get(name), on_site=on_site)
+        _Stream(_operator(model, name), conv, name, norm=norms.get(name), on_site=on_site, store=store)
         for name, conv in originals.items()
     ]
     chunk = _images_at_once(model, images)
@@ -94,6 +106,7 @@ class _Stream:
         *,
         norm: str | None,
         on_site: Callable[[str, Fit], None] | None,
+        store: Store | None,
     ) -> None:
         self.operator, self.original, self.name = operator, original, name
         self.has_norm = norm is not None
@@ -101,7 +114,8 @@ class _Stream:
         self.statistics: Statistics = operator.statistics(free_means=self.has_norm)
         self.was_called = False
         self.fit: Fit | None = None
-        self.on_site = on_site
+        self.solved = 0
+        self.on_site, self.store = on_site, store
 
     def watch(self, x: Tensor) -> Tensor:
         """Run the original and remember what it did."""
@@ -130,11 +144,22 @@ class _Stream:
         Least squares returns weights of several times the start's norm. Behind a BatchNorm the function
         does not depend on it, but the effective learning rate of fine-tuning does.
         """
+        self.solved += 1
+        kept_as = f"{self.name}@{self.solved}"
         self.operator.load_state_dict(self.start)
+        self.fit = self.store.restore_(kept_as, self.operator) if self.store else None
+        if self.fit is None:
+            self.fit = self._fitted_anew()
+            if self.store is not None:
+                self.store.keep(kept_as, self.operator, self.fit)
+        if self.on_site is not None:
+            self.on_site(self.name, self.fit)
+
+    def _fitted_anew(self) -> Fit:
         linear = self.operator if self.has_norm and isinstance(self.operator, LinearOp) else None
         start_norms = None if linear is None else linear.weight_norms()
         try:
-            self.fit = self.operator.fit_(self.statistics)
+            fit = self.operator.fit_(self.statistics)
         except ValueError as error:  # scipy's word for NaN and infinity
             raise DataError(
                 f"the activations at {self.name} are no finite numbers on these images; look at --mean and "
@@ -143,8 +168,7 @@ class _Stream:
         if linear is not None and start_norms is not None:
             norms = linear.weight_norms()
             linear.scale_(torch.where(norms > 0, start_norms / norms.clamp_min(1e-30), 1.0))
-        if self.on_site is not None:
-            self.on_site(self.name, self.fit)
+        return fit
 
 
 def _in_one_batch(model: nn.Module, streams: list[_Stream], images: Tensor) -> None:

@@ -110,6 +110,7 @@ def convert(
     ] = None,
     images: Annotated[int, typer.Option(help="How many images to fit on.")] = 512,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
     """Replace convolutions by low-cost operators and write an lcc directory."""
@@ -127,7 +128,7 @@ def convert(
         return
     if out is None:
         raise RecipeError("say where to put the result: -o DIR (or --dry-run to write nothing)")
-    report = pipeline.convert(part, out, rules, settings, calibration=calibration)
+    report = pipeline.convert(part, out, rules, settings, calibration=calibration, resume=resume)
     print_report(report, form_of(as_json=as_json))
 
 

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 
 from lcc import calibrate, data, progress, surgery
 from lcc.evaluation import pick_device
+from lcc.fit_store import FitStore, conversion_key
 from lcc.manifest import event_now
+from lcc.methods import LowCostOp
 from lcc.network import Network, sites_of
 from lcc.plan import Plan, Rule, Site, make_plan
 from lcc.settings import command_line
 
 if TYPE_CHECKING:
-    from torch import nn
+    from pathlib import Path
+
+    from torch import Tensor, nn
 
     from lcc.methods import Fit
     from lcc.recipe import Calibrate
@@ -22,44 +26,59 @@ if TYPE_CHECKING:
 
 
 def convert_network(
-    original: Network, rules: tuple[Rule, ...], calibration: Calibrate | None, settings: Settings
+    original: Network,
+    rules: tuple[Rule, ...],
+    calibration: Calibrate | None,
+    settings: Settings,
+    *,
+    fits: Path,
+    resume: bool = False,
 ) -> tuple[tuple[Site, ...], Network]:
     """Return the sites of a network, and a converted copy of it; without images its fit is from weights.
 
-    Raises: NothingToConvertError: no site; RecipeError: an idle rule; DataError: the images.
+    Where fitting is slow, what was fitted is kept in the folder `fits` meanwhile; `resume` goes on from it.
+    Raises: NothingToConvertError: no site; RecipeError: an idle rule; DataError: the images. ArtifactError:
+    the folder of fits.
     """
     sites = sites_of(original)
     decided = make_plan(sites, rules)
     model = copy.deepcopy(original.loaded.model)
     originals = surgery.replace_(model, decided)
     if calibration is None:
-        fits = calibrate.project_(model, originals)
+        made = calibrate.project_(model, originals)
         details = {"weights": "closest to the original's, from weights alone"}
     else:
-        fits, details = _fit_(model, originals, sites, original, calibration, settings)
+        images = data.images(
+            calibration.data, original.loaded.preprocessing, calibration.images, calibration.seed
+        )
+        store = None
+        if any(isinstance(m, LowCostOp) and m.fits_slowly for m in model.modules()):
+            key = conversion_key(original.loaded.model, images, decided.model_dump_json())
+            store = FitStore(fits, key, resume=resume)
+        made, details = _fit_(model, originals, sites, images, settings, store)
+        details["weights"] += f" of {calibration.data}, no labels"
     seed = None if calibration is None else calibration.seed
     event = event_now("convert", command_line(), seed=seed, details=details)
-    return sites, original.but(
+    converted = original.but(
         loaded=replace(original.loaded, model=model),
         plan=_merged(original.plan, decided),
-        fits={**original.fits, **fits},
+        fits={**original.fits, **made},
         history=(*original.history, event),
         size_bytes=None,
     )
+    settings.warn_of(converted)
+    return sites, converted
 
 
 def _fit_(
     model: nn.Module,
     originals: dict[str, nn.Module],
     sites: tuple[Site, ...],
-    original: Network,
-    calibration: Calibrate,
+    images: Tensor,
     settings: Settings,
+    store: FitStore | None,
 ) -> tuple[dict[str, Fit], dict[str, str]]:
     """Fit the operators to unlabelled images; return the fits, and how they were made in words."""
-    images = data.images(
-        calibration.data, original.loaded.preprocessing, calibration.images, calibration.seed
-    )
     device = pick_device(settings.device)
     for module in (model, *originals.values()):
         module.to(device)
@@ -70,10 +89,10 @@ def _fit_(
             done.append(name)
             tick(min(len(done), len(originals)), lambda: name)
 
-        result = calibrate.calibrate_(model, originals, sites, images, on_site=on_site)
+        result = calibrate.calibrate_(model, originals, sites, images, on_site=on_site, store=store)
     model.cpu()
     details = {
-        "weights": f"least squares on {len(images)} images of {calibration.data}, no labels",
+        "weights": f"{'least squares' if store is None else 'regression'} on {len(images)} images",
         "inputs": "from the converted prefix",
     }
     if result.chunks > 1:

@@ -44,7 +44,7 @@ MethodOption = Annotated[
     str,
     typer.Option("--method", help="A method, with hyperparameters after a colon: linear_mix:group_size=8."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where it was stopped.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load images.")]
 
 
@@ -151,7 +151,7 @@ def sweeping(
     ] = None,
     max_seconds: Annotated[
         float | None,
-        typer.Option(min=1, help="With --sweep: longest time for one shape in one runtime; default: 120."),
+        typer.Option(min=1, help="With --sweep: longest time for one shape in one runtime; default: 180."),
     ] = None,
 ) -> "SweepOptions | None":
     """Return what is swept; None: nothing."""

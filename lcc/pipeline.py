@@ -24,7 +24,7 @@ from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.network import Network, original_of, sites_of
 from lcc.plan import Plan, Rule, Site, make_plan
 from lcc.recipe import Calibrate, Finetune, ModelPart, Recipe
-from lcc.settings import Settings, checkpoints_of
+from lcc.settings import Settings, checkpoints_of, fits_of
 from lcc.specs import Cost
 from lcc.tables import report_sheets, to_markdown
 from lcc.tuning import original_teacher, train_network
@@ -63,6 +63,7 @@ def convert(
     settings: Settings,
     *,
     calibration: Calibrate | None = None,
+    resume: bool = False,
 ) -> Report:
     """Convert a network into an lcc directory; return what that changed.
 
@@ -70,8 +71,10 @@ def convert(
     """
     artifact.check_target(directory, force=settings.force)
     original = _open_first(part, settings)
-    sites, converted = convert_network(original, rules, calibration, settings)
+    fits = fits_of(directory)
+    sites, converted = convert_network(original, rules, calibration, settings, fits=fits, resume=resume)
     converted = _saved(converted, directory, settings).but(name=directory.name)
+    shutil.rmtree(fits, ignore_errors=True)
     settings.say(f"wrote {directory}; next: lcc finetune {directory} --data DATA")
     return plain_report((original.row(), converted.row(sites=sites)))
 
@@ -230,7 +233,9 @@ def run(
     network = original
     sites: tuple[Site, ...] = ()
     if recipe.convert:
-        sites, network = convert_network(original, recipe.convert, recipe.calibrate, settings)
+        sites, network = convert_network(
+            original, recipe.convert, recipe.calibrate, settings, fits=fits_of(directory), resume=resume
+        )
         network = network.but(name="converted")
         stages.add(network, sites)
     if recipe.finetune is not None:
@@ -240,6 +245,7 @@ def run(
         )
         network = network.but(name="fine-tuned")
     network = _saved(network, directory, settings, recipe=text)
+    shutil.rmtree(fits_of(directory), ignore_errors=True)
     if recipe.finetune is not None:
         shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
         stages.add(network, sites, accuracy=None if recipe.eval else result.accuracy)
@@ -317,7 +323,8 @@ def demo(directory: Path, settings: Settings) -> Report:
     )
     target = directory / "model"
     artifact.check_target(target, force=True)
-    shutil.rmtree(checkpoints_of(target), ignore_errors=True)
+    for left_over in (checkpoints_of(target), fits_of(target)):
+        shutil.rmtree(left_over, ignore_errors=True)
     text = recipe_file.read_text(encoding="utf-8")
     result = run(recipe, text, target, settings, options=BenchOptions())
     (directory / "report.md").write_text(to_markdown(report_sheets(result)), encoding="utf-8")

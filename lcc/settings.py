@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lcc import progress
+from lcc.methods import LowCostOp
 from lcc.network import Network, open_network
 
 if TYPE_CHECKING:
@@ -39,7 +40,19 @@ class Settings:
         network = open_network(part, trust_pickle=self.trust_pickle, trust_code=self.trust_code, name=name)
         for note in network.loaded.notes:
             self.say(f"note: {note}")
+        self.warn_of(network)
         return network
+
+    def warn_of(self, network: Network) -> None:
+        """Tell what the operators of a network have to say of their weights, one line for all."""
+        warnings = {
+            name: text
+            for name, module in network.loaded.model.named_modules()
+            if isinstance(module, LowCostOp) and (text := module.warning()) is not None
+        }
+        for name, text in list(warnings.items())[:1]:
+            others = f" (and {len(warnings) - 1} more sites)" if len(warnings) > 1 else ""
+            self.say(f"warning: {name}{others}: {text}")
 
 
 def command_line() -> str:
@@ -50,3 +63,8 @@ def command_line() -> str:
 def checkpoints_of(directory: Path) -> Path:
     """Return where the checkpoints of an lcc directory go while it is trained: DIR.checkpoints."""
     return directory.parent / f"{directory.name}.checkpoints"
+
+
+def fits_of(directory: Path) -> Path:
+    """Return where the fits of single sites go while an lcc directory is made: DIR.fits."""
+    return directory.parent / f"{directory.name}.fits"

@@ -73,11 +73,13 @@ def train_network(
             "top1_by_epoch": " ".join(f"{epoch.accuracy.top1:.2f}" for epoch in result.history),
         },
     )
-    return network.but(
+    trained = network.but(
         loaded=replace(network.loaded, model=model, class_names=class_names),
         history=(*network.history, event),
         size_bytes=None,
-    ), result
+    )
+    settings.warn_of(trained)
+    return trained, result
 
 
 def original_teacher(network: Network, settings: Settings) -> Network:

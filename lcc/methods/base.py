@@ -64,6 +64,8 @@ class LowCostOp(nn.Module, ABC):
     In place of a convolution it carries the attributes that host networks read off one.
     """
 
+    fits_slowly: ClassVar[bool] = False  # by training on activations instead of a closed form
+
     def __init__(self, spec: ConvSpec | StepSpec) -> None:
         super().__init__()
         self.spec = spec

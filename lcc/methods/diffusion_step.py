@@ -102,6 +102,8 @@ class ReactionDiffusionOp(LowCostOp):
     Stochastic depth of the original is not carried over: the step has no branch of its own to drop.
     """
 
+    fits_slowly: ClassVar[bool] = True
+
     def __init__(self, method: ReactionDiffusion, spec: Spec) -> None:
         super().__init__(spec)
         self.channels = channels = channels_of(spec)

@@ -1,0 +1,89 @@
+"""Fits of single sites that survive a kill, so that a long calibration can go on where it stopped.
+
+DIR/of.txt             what is being fitted: a hash over the original's weights, the plan and the images
+DIR/SITE.safetensors   the operator's tensors, its fit as metadata; written under another name, then renamed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from lcc.errors import ArtifactError
+from lcc.methods import Fit
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from lcc.methods import LowCostOp
+
+KEY = "of.txt"
+
+
+class FitStore:
+    """A folder with one file per fitted site."""
+
+    def __init__(self, folder: Path, key: str, *, resume: bool) -> None:
+        """Begin or go on. Raises: ArtifactError: the folder is another conversion's, or not to be resumed."""
+        self.folder = folder
+        path = folder / KEY
+        try:
+            if any(folder.glob("*.safetensors")):
+                if not resume:
+                    raise ArtifactError(
+                        f"{folder} has fits of an earlier conversion: go on with --resume, or remove it"
+                    )
+                if path.read_text(encoding="utf-8").strip() != key:
+                    raise ArtifactError(
+                        f"{folder} has fits of another network, plan or set of images; remove the folder"
+                    )
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(key + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ArtifactError(f"{folder} can't be written: {error.strerror or error}") from error
+
+    def restore_(self, site: str, operator: LowCostOp) -> Fit | None:
+        """Give the operator the weights kept for it and return its fit; None if there are none."""
+        path = self._file(site)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                fit = Fit.model_validate_json(file.metadata()["fit"])
+            operator.load_state_dict(load_file(path))
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"{path} is damaged: remove it, and that site is fitted again") from error
+        return fit
+
+    def keep(self, site: str, operator: LowCostOp, fit: Fit) -> None:
+        """Write down a fitted site. Raises: ArtifactError: the folder can't be written."""
+        path = self._file(site)
+        part = path.with_suffix(".part")
+        tensors = {name: tensor.contiguous() for name, tensor in operator.state_dict().items()}
+        try:
+            save_file(tensors, part, metadata={"fit": fit.model_dump_json()})
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            part.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{path} can't be written: {error}") from error
+
+    def _file(self, site: str) -> Path:
+        return self.folder / f"{site}.safetensors"
+
+
+def conversion_key(model: nn.Module, images: Tensor, *descriptions: str) -> str:
+    """Return a hash over a network's weights, the images that it is fitted on, and what is to be done."""
+    digest = hashlib.sha256()
+    for name, tensor in (*sorted(model.state_dict().items()), ("images", images)):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for text in descriptions:
+        digest.update(text.encode())
+    return digest.hexdigest()
