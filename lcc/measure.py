@@ -89,8 +89,7 @@ def bench_torch(
 
     Raises: RecipeError: the device can't be had, or too few rounds.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("torch finds no CUDA device; use --device cpu")
+    check_device(device)
     on_device = example.to(device)
     copies = {name: copy.deepcopy(model).to(device).eval() for name, model in models.items()}
     calls = {name: _torch_call(model, on_device) for name, model in copies.items()}
@@ -175,6 +174,12 @@ def one_run(model: nn.Module, example: Tensor, *, threads: int = 1, device: Devi
     with _torch_threads(threads), torch.inference_mode():
         ready(on_device)
         return seconds_of(_torch_call(ready, on_device), _wait(device))
+
+
+def check_device(device: Device) -> None:
+    """Raise RecipeError if torch can't have the device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("torch finds no CUDA device; use --device cpu")
 
 
 def device_name(device: Device) -> str:

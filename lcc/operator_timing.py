@@ -14,7 +14,7 @@ from torch import nn
 from lcc import progress
 from lcc.errors import CheckFailedError, RecipeError
 from lcc.lowering import choose
-from lcc.measure import Bench, bench_onnx, bench_torch, one_run
+from lcc.measure import Bench, bench_onnx, bench_torch, check_device, one_run
 from lcc.methods import LowCostOp
 from lcc.onnx_export import INPUT, layer_file
 from lcc.onnx_runtime import Session
@@ -61,6 +61,7 @@ def sweep_operators(
     Returns a sweep for each axis in each runtime.
     Raises: RecipeError: the device can't be had, too few rounds, or nothing that could be timed.
     """
+    check_device(device)
     bench = _PointBench(options, batch, threads, device, rounds, _obstacle(device))
     rows = {axis: [options.fixed.at(axis, n) for n in values] for axis, values in options.axes.items()}
     shapes = list(dict.fromkeys(shape for row in rows.values() for shape in row))
@@ -71,10 +72,9 @@ def sweep_operators(
             measured[shape] = bench.measure(shape)
         tick(len(shapes))
     sweeps = [
-        _along(axis, runtime, options.fixed, {getattr(shape, axis): measured[shape] for shape in row})
+        sweep
         for axis, row in rows.items()
-        for runtime in RUNTIMES
-        if any(runtime in measured[shape].benches for shape in row)
+        for sweep in _along(axis, options.fixed, {getattr(shape, axis): measured[shape] for shape in row})
     ]
     if not sweeps:
         said = dict.fromkeys(_words(remark) for one in measured.values() for remark in one.remarks)
@@ -100,51 +100,38 @@ class _PointBench:
             return Measured({}, remarks)
         if too_large := _too_large(shape, self.batch, self.device):
             return Measured({}, [*remarks, Remark(None, too_large)])
+        try:
+            return self._timed(shape, rivals, remarks)
+        except torch.OutOfMemoryError:
+            return Measured({}, [*remarks, Remark(None, "left out: the GPU ran out of memory")])
+
+    def _timed(self, shape: Shape, rivals: dict[str, nn.Module], remarks: list[Remark]) -> Measured:
         example = torch.randn(self.batch, shape.channels, shape.size, shape.size)
         times = {
             name: one_run(model, example, threads=self.threads, device=self.device)
             for name, model in rivals.items()
         }
         rounds, slow = affordable(times, self.options.seconds, self.rounds)
-        remarks += slow
-        rivals = {name: rivals[name] for name in times if name not in {one.operator for one in slow}}
+        remarks = [*remarks, *slow]
         if rounds == 0:
             return Measured({}, remarks)
         if rounds < self.rounds:
             remarks.append(Remark(None, f"{rounds} rounds, to stay under {self.options.seconds:g} s"))
-        benches: dict[Runtime, Bench] = {"torch": self._torch(rivals, example, rounds)}
+        for remark in slow:
+            rivals.pop(str(remark.operator))
+        benches: dict[Runtime, Bench] = {
+            "torch": bench_torch(rivals, example, threads=self.threads, device=self.device, rounds=rounds)
+        }
         if self.obstacle is not None:
-            remarks.append(Remark(None, self.obstacle, "onnx"))
-        elif (bench := self._onnx(rivals, shape, example, rounds, remarks)) is not None:
-            benches["onnx"] = bench
-        return Measured(benches, remarks)
-
-    def _torch(self, rivals: dict[str, nn.Module], example: torch.Tensor, rounds: int) -> Bench:
-        return bench_torch(rivals, example, threads=self.threads, device=self.device, rounds=rounds)
-
-    def _onnx(
-        self,
-        rivals: dict[str, nn.Module],
-        shape: Shape,
-        example: torch.Tensor,
-        rounds: int,
-        remarks: list[Remark],
-    ) -> Bench | None:
-        files = {}
+            return Measured(benches, [*remarks, Remark(None, self.obstacle, "onnx")])
+        files, said = _files(rivals, shape, example)
+        if len(files) > 1:
+            benches["onnx"] = bench_onnx(
+                files, batch=self.batch, threads=self.threads, device=self.device, rounds=rounds
+            )
         if self.device == "cuda":
-            remarks.append(Remark(None, "times include copies from and to main memory", "onnx"))
-        for name, rival in rivals.items():
-            lowered, how = _lowered(rival, shape)
-            try:
-                files[name] = layer_file(lowered, example)
-            except CheckFailedError as error:
-                remarks.append(Remark(name, str(error), "onnx"))
-                continue
-            if how:
-                remarks.append(Remark(name, how, "onnx"))
-        if len(files) == 1:
-            return None
-        return bench_onnx(files, batch=self.batch, threads=self.threads, device=self.device, rounds=rounds)
+            said.append(Remark(None, "times include copies from and to main memory", "onnx"))
+        return Measured(benches, [*remarks, *said])
 
 
 def affordable(times: dict[str, float], seconds: float, rounds: int) -> tuple[int, list[Remark]]:
@@ -199,11 +186,24 @@ def _with_random_weights_(operator: LowCostOp) -> LowCostOp:
     return operator
 
 
-def _lowered(rival: nn.Module, shape: Shape) -> tuple[nn.Module, str]:
-    if not isinstance(rival, LowCostOp):
-        return rival, ""
-    lowering = choose(rival, shape.image, timer=_trial)
-    return lowering.module, lowering.how
+def _files(
+    rivals: dict[str, nn.Module], shape: Shape, example: torch.Tensor
+) -> tuple[dict[str, bytes], list[Remark]]:
+    """Return every rival, lowered, as an ONNX file, and how it was lowered or why it can't be."""
+    files, remarks = {}, []
+    for name, rival in rivals.items():
+        if not isinstance(rival, LowCostOp):
+            files[name] = layer_file(rival, example)
+            continue
+        try:
+            lowering = choose(rival, shape.image, timer=_trial)
+            files[name] = layer_file(lowering.module, example)
+        except CheckFailedError as error:
+            remarks.append(Remark(name, f"left out: {error}", "onnx"))
+            continue
+        if lowering.how:
+            remarks.append(Remark(name, lowering.how, "onnx"))
+    return files, remarks
 
 
 def _trial(modules: Sequence[nn.Module], example: torch.Tensor) -> list[float]:
@@ -226,6 +226,8 @@ def _too_large(shape: Shape, batch: int, device: Device) -> str | None:
 
 def _obstacle(device: Device) -> str | None:
     """Return why ONNX Runtime can't be timed on this device."""
+    if device == "cpu":
+        return None
     try:
         Session(layer_file(nn.Conv2d(1, 1, 1), torch.zeros(1, 1, 2, 2)), device=device)
     except RecipeError as error:
@@ -233,39 +235,53 @@ def _obstacle(device: Device) -> str | None:
     return None
 
 
-def _along(axis: Axis, runtime: Runtime, fixed: Shape, measured: dict[int, Measured]) -> Sweep:
-    """Return what was measured along an axis, by value, in one runtime."""
-    benches = {n: one.benches[runtime] for n, one in measured.items() if runtime in one.benches}
-    points = tuple(
-        Point(
-            value=value,
-            rounds=bench.conditions.rounds,
-            latencies=bench.latencies,
-            speedups=bench.speedups,
+def _along(axis: Axis, fixed: Shape, measured: dict[int, Measured]) -> list[Sweep]:
+    """Return what was measured along an axis, by value: a sweep for each runtime."""
+    runtimes = [runtime for runtime in RUNTIMES if any(runtime in one.benches for one in measured.values())]
+    sweeps = []
+    for runtime in runtimes:
+        benches = {value: one.benches[runtime] for value, one in measured.items() if runtime in one.benches}
+        points = tuple(_point(value, bench) for value, bench in benches.items())
+        sizes = dict.fromkeys(bench.conditions.image_size for bench in benches.values())
+        common = {
+            "rounds": max(point.rounds for point in points),
+            "image_size": ", ".join(sizes),
+        }
+        first = next(iter(benches.values()))
+        sweeps.append(
+            Sweep(
+                axis=axis,
+                runtime=runtime,
+                fixed=fixed,
+                conditions=first.conditions.model_copy(update=common),
+                points=points,
+                break_even=break_evens(points) if axis == "channels" else {},
+                notes=_notes(axis, runtime, measured, missing=set(RUNTIMES) - set(runtimes)),
+            )
         )
-        for value, bench in benches.items()
-    )
-    conditions = next(iter(benches.values())).conditions
-    rounds = max(point.rounds for point in points)
-    update = {"rounds": rounds, **({"image_size": "each size"} if axis == "size" else {})}
-    return Sweep(
-        axis=axis,
-        runtime=runtime,
-        fixed=fixed,
-        conditions=conditions.model_copy(update=update),
-        points=points,
-        break_even=break_evens(points) if axis == "channels" else {},
-        notes=_notes(axis, runtime, measured),
+    return sweeps
+
+
+def _point(value: int, bench: Bench) -> Point:
+    return Point(
+        value=value, rounds=bench.conditions.rounds, latencies=bench.latencies, speedups=bench.speedups
     )
 
 
-def _notes(axis: Axis, runtime: Runtime, measured: dict[int, Measured]) -> tuple[str, ...]:
-    """Return in a line each what is to be said, and at which values where not at all of them."""
+def _notes(
+    axis: Axis, runtime: Runtime, measured: dict[int, Measured], missing: set[Runtime]
+) -> tuple[str, ...]:
+    """Return in a line each what is to be said, and at which values where not at all of them.
+
+    What concerns a `missing` runtime, for which there is no sweep, is said in every other one.
+    """
     values: dict[str, list[int]] = {}
     for value, one in measured.items():
         for remark in one.remarks:
             if remark.runtime in (None, runtime):
                 values.setdefault(_words(remark), []).append(value)
+            elif remark.runtime in missing:
+                values.setdefault(f"{RUNTIMES[remark.runtime]}: {_words(remark)}", []).append(value)
     return tuple(
         text if len(at) == len(measured) else f"at {axis} {', '.join(map(str, at))}: {text}"
         for text, at in values.items()

@@ -29,7 +29,7 @@ PAPER: dict[Axis, tuple[int, ...]] = {
     "size": (16, 32, 64, 128, 256),
     "kernel": (3, 5, 7, 9, 11),
 }
-SECONDS = 120.0
+SECONDS = 180.0
 
 
 class Shape(Frozen):

@@ -13,7 +13,7 @@ from onnx_graphs import make, serialised
 from lcc import measure, operator_timing, sweep_views
 from lcc.cli import main
 from lcc.errors import CheckFailedError, RecipeError
-from lcc.methods import METHODS
+from lcc.methods import METHODS, Lowering
 from lcc.methods.linear_mix import LinearMix
 from lcc.operator_timing import affordable, sweep_operators
 from lcc.recipe import method_from_text
@@ -231,16 +231,46 @@ def test_an_operator_that_can_not_be_exported_is_timed_in_torch_alone(quick, mon
         return b""
 
     monkeypatch.setattr(operator_timing, "layer_file", refuse)
-    monkeypatch.setattr(operator_timing, "_obstacle", lambda _: None)
     (sweep,) = sweep_operators(options(channels=(4,)))
     assert (sweep.runtime, sweep.operators) == ("torch", ("linear_mix",))
+    assert sweep.notes == ("in ONNX Runtime: linear_mix: left out: no such operation",)
 
 
 def test_every_runtime_has_its_own_notes(quick, monkeypatch):
-    monkeypatch.setattr(operator_timing, "_lowered", lambda rival, _: (rival, "by a trick"))
+    lowering = Lowering(torch.nn.Identity(), "by a trick")
+    monkeypatch.setattr(operator_timing, "choose", lambda *_, **__: lowering)
     torch_sweep, onnx_sweep = sweep_operators(options(channels=(4,)))
-    assert torch_sweep.notes == ()
-    assert "linear_mix: by a trick" in onnx_sweep.notes
+    assert (torch_sweep.notes, onnx_sweep.notes) == ((), ("linear_mix: by a trick",))
+
+
+def test_a_runtime_that_can_not_have_the_device_is_said(quick, monkeypatch):
+    monkeypatch.setattr(operator_timing, "_obstacle", lambda _: "not timed: it has no such device")
+    (sweep,) = sweep_operators(options(channels=(4,)))
+    assert sweep.notes == ("in ONNX Runtime: not timed: it has no such device",)
+
+
+def test_a_point_that_does_not_fit_on_the_gpu_is_left_out_and_said(quick, monkeypatch):
+    def run_out(model, example, **_):
+        if len(example[0]) > 4:
+            raise torch.OutOfMemoryError
+        return 0.001
+
+    monkeypatch.setattr(operator_timing, "one_run", run_out)
+    sweep = sweep_operators(options(channels=(4, 8)))[0]
+    assert [at.value for at in sweep.points] == [4]
+    assert sweep.notes == ("at channels 8: left out: the GPU ran out of memory",)
+
+
+def test_lowerings_are_chosen_by_a_trial():
+    example = torch.randn(1, 16, 16, 16)
+    few, many = operator_timing._trial([torch.nn.Conv2d(16, 16, k) for k in (1, 9)], example)
+    assert few < many
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_sweep_on_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(RecipeError, match="--device cpu"):
+        sweep_operators(options(channels=(4,)), device="cuda")
 
 
 @pytest.mark.parametrize("name", METHODS)
