@@ -196,8 +196,8 @@ class CirculantStatistics(SampledGrams[FrequencyGram]):
 class _LoweredCirculant(nn.Module):
     """The operator with the halves [real; imaginary] apart all the way.
 
-    No channels are exchanged, so ONNX Runtime keeps one memory layout and fuses the sums; with the swap it was
-    slower at 64 channels and 56x56, and no faster anywhere.
+    No channels are exchanged, so ONNX Runtime keeps one memory layout and fuses the sums; with the swap it
+    was slower at 64 channels and 56x56, and no faster anywhere.
     """
 
     def __init__(self, op: CirculantOp) -> None:
