@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 from hypothesis import strategies as st
 from reference import circulant_reference, linear_mix_reference
+from step_reference import step_reference
 from torch import nn
 
 from lcc.methods import METHODS, LinearOp, Method
 from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.reaction_diffusion import RdCirculant, RdExplicit, RdImplicit
 from lcc.specs import ConvSpec, Size, StepSpec
 
 SIZE = Size(height=9, width=7)
@@ -51,6 +53,13 @@ SHAPES = (
     conv(4, padding=(1, 1), padding_mode="replicate"),
 )
 
+STEPS = (
+    step(4, post="relu"),
+    step(5),
+    step(4, kernel=(5, 3), post="gelu", norm_eps=1e-3, norm_momentum=0.01),
+    step(4, kernel=(1, 1), pre_norm=True),
+)
+
 CASES: dict[str, tuple[Case, ...]] = {
     "linear_mix": (
         *(Case(LinearMix(), spec) for spec in SHAPES),
@@ -68,8 +77,31 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case(Circulant(), conv(6, padding="same", kernel=(2, 4), bias=True)),
         Case(Circulant(), conv(5, padding="same", kernel=(4, 2), padding_mode="circular")),
     ),
+    "rd_explicit": (
+        *(Case(RdExplicit(), spec) for spec in STEPS),
+        Case(RdExplicit(step=0.5, learn_step=True, kernel_size=5), step(3, post="relu")),
+        Case(RdExplicit(), conv(4, padding=(1, 1))),
+    ),
+    "rd_implicit": (
+        *(Case(RdImplicit(), spec) for spec in STEPS),
+        Case(RdImplicit(step=0.5, learn_step=True, kernel_size=5), step(3, post="relu")),
+        Case(RdImplicit(stiffness=None), step(3, post="relu")),
+        Case(RdImplicit(), conv(4, padding=(1, 1))),
+    ),
+    "rd_circulant": (
+        *(Case(RdCirculant(), spec) for spec in STEPS),
+        Case(RdCirculant(step=0.5, learn_step=True, kernel_size=5), step(3, post="relu")),
+        Case(RdCirculant(boundary="periodic"), step(3, post="relu")),
+        Case(RdCirculant(boundary="periodic"), step(4, kernel=(3, 5))),
+        Case(RdCirculant(), conv(4, padding=(1, 1))),
+    ),
 }
-ORACLES = {"linear_mix": linear_mix_reference, "circulant": circulant_reference}
+ORACLES = {
+    "linear_mix": linear_mix_reference,
+    "circulant": circulant_reference,
+    **dict.fromkeys(("rd_explicit", "rd_implicit", "rd_circulant"), step_reference),
+}
+KERNELS = st.sampled_from([None, 3, 4, 5])
 # Random configurations, for the test of eligibility.
 METHOD_STRATEGIES = {
     "linear_mix": st.builds(
@@ -79,9 +111,20 @@ METHOD_STRATEGIES = {
         change_channels=st.booleans(),
     ),
     "circulant": st.just(Circulant()),
+    "rd_explicit": st.builds(RdExplicit, learn_step=st.booleans(), kernel_size=KERNELS),
+    "rd_implicit": st.builds(RdImplicit, stiffness=st.sampled_from([None, 0.1]), kernel_size=KERNELS),
+    "rd_circulant": st.builds(
+        RdCirculant, boundary=st.sampled_from(["zeros", "periodic"]), kernel_size=KERNELS
+    ),
 }
 # Which cases go through ONNX Runtime, by index.
-ONNX = {"linear_mix": (1, 8, 13), "circulant": (1, 2, 8, 12, 14)}
+ONNX = {
+    "linear_mix": (1, 8, 13),
+    "circulant": (1, 2, 8, 12, 14),
+    "rd_explicit": (0, 2, 4, 5),
+    "rd_implicit": (0, 2, 4, 5, 6),
+    "rd_circulant": (0, 1, 4, 6, 7),
+}
 # Whose output channels share one scale.
 ONE_SCALE = {"circulant"}
 

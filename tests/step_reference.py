@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from scipy.special import erf
 
 POST = {
@@ -46,7 +47,7 @@ def coupling_matrix(op, method, height, width):
 def step_reference(op, method, x):
     """Return the step: the reaction pixel by pixel, the diffusion by dense matrices."""
     batch, c, height, width = x.shape
-    h = float(op.step)
+    h = float(torch.as_tensor(op.step).detach())
     norm = {key: value.detach().numpy() for key, value in op.norm.state_dict().items()}
     mix = op.mix.weight.detach().numpy()[:, :, 0, 0]
     k = coupling_matrix(op, method, height, width)
@@ -71,5 +72,5 @@ def step_reference(op, method, x):
 def _shrink(op, method, height, width):
     """Return how much each row of K is shrunk so that h (sum |taps|)^2 stays below the cap."""
     largest = np.abs(op.stencil.detach().numpy()).sum((1, 2))
-    factor = np.minimum(1, np.sqrt(method.stiffness / float(op.step)) / largest)
+    factor = np.minimum(1, np.sqrt(method.stiffness / float(torch.as_tensor(op.step).detach())) / largest)
     return np.repeat(factor, height * width)

@@ -10,8 +10,8 @@ from torch import nn
 from lcc.calibrate import calibrate_
 from lcc.errors import ArtifactError
 from lcc.fit_store import FitStore, conversion_key
-from lcc.methods.reaction_diffusion import RdExplicit
 from lcc.methods import Fit
+from lcc.methods.reaction_diffusion import RdExplicit
 from lcc.plan import make_plan, rules_for
 from lcc.surgery import find_sites, replace_
 from lcc.zoo import BasicBlock

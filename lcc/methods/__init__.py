@@ -10,8 +10,15 @@ from pydantic import PlainValidator, SerializeAsAny
 from lcc.methods.base import Fit, LinearOp, LowCostOp, Lowering, Method, SiteKind, Statistics
 from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.reaction_diffusion import RdCirculant, RdExplicit, RdImplicit
 
-METHODS: dict[str, type[Method]] = {"linear_mix": LinearMix, "circulant": Circulant}
+METHODS: dict[str, type[Method]] = {
+    "linear_mix": LinearMix,
+    "circulant": Circulant,
+    "rd_explicit": RdExplicit,
+    "rd_implicit": RdImplicit,
+    "rd_circulant": RdCirculant,
+}
 
 __all__ = [
     "METHODS",

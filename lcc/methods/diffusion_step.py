@@ -134,6 +134,7 @@ class ReactionDiffusionOp(LowCostOp):
         """Return relu(N(M y))."""
         return F.relu(self.norm(self.mix(y)))
 
+    @torch.no_grad()
     def lowered_reaction(self) -> Reaction:
         """Return h relu(N(M y)) with frozen weights."""
         return Reaction(self.mix.weight.detach(), self.norm, float(self.step))
@@ -142,8 +143,7 @@ class ReactionDiffusionOp(LowCostOp):
     def start_stencil_(self) -> None:
         """Draw a stencil that diffuses a little: h max|k^|^2 is about START_GAIN."""
         nn.init.normal_(self.stencil)
-        size = float(self.amplification()) / START_GAIN
-        self.stencil.div_(size**0.5)
+        self.stencil.div_((self.amplification() / START_GAIN).sqrt().to(self.stencil))
 
     @abstractmethod
     def amplification(self) -> Tensor:

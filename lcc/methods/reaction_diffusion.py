@@ -76,10 +76,12 @@ class RdExplicitOp(ReactionDiffusionOp):
         excess = (gain(self.stencil) / bound).clamp_min(1).sqrt()
         self.stencil.div_(excess.to(self.stencil)[:, None, None])
 
+    @torch.no_grad()
     def warning(self) -> str | None:
         """Say so where the step is past its bound of stability."""
         return _past_the_bound(float(self.amplification()))
 
+    @torch.no_grad()
     def lowerings(self, size: Size) -> tuple[Lowering, ...]:  # noqa: ARG002  # the same at every size
         """Return two depthwise convolutions and a 1x1 one, the step's length in their weights."""
         root = float(self.step) ** 0.5
@@ -138,6 +140,7 @@ class RdImplicitOp(ReactionDiffusionOp):
         """Keep the stencil where it has a gradient: not far past the cap."""
         self.stencil.copy_(self.capped_stencil())
 
+    @torch.no_grad()
     def lowerings(self, size: Size, tolerance: float = 1e-3) -> tuple[Lowering, ...]:
         """Return the solve as a periodic stencil to `tolerance`, and as exact real matrices."""
         stencil, step = self.capped_stencil().detach(), float(self.step)
@@ -214,10 +217,12 @@ class RdCirculantOp(ReactionDiffusionOp):
         """Shrink the stencils back into the stable region, all alike, where one leaves it."""
         self.stencil.div_((self.amplification() / STABLE).clamp_min(1).sqrt().to(self.stencil))
 
+    @torch.no_grad()
     def warning(self) -> str | None:
         """Say so where the step is past its bound of stability."""
         return _past_the_bound(float(self.amplification()))
 
+    @torch.no_grad()
     def lowerings(self, size: Size) -> tuple[Lowering, ...]:  # noqa: ARG002  # the same at every size
         """Return 1x1 convolutions into and out of the channel Fourier basis, depthwise ones between."""
         root = float(self.step) ** 0.5
