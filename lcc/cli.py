@@ -159,12 +159,12 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Train a network, distilling from its original, and write an lcc directory."""
-    from lcc import pipeline, recipe
+    from lcc import pipeline, recipe, tuning
 
     given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "val_split": val_split}
     named = {name: value for name, value in given.items() if value is not None}
     if from_scratch:
-        part = pipeline.untrained(part)
+        part = tuning.untrained(part)
         named |= {} if teacher else {"distill": 0.0}
     options = recipe.finetune_options({"data": data, "seed": part.seed, **named}, tuple(set_ or ()))
     report = pipeline.finetune(

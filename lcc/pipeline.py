@@ -19,7 +19,6 @@ from lcc.evaluation import Accuracy
 from lcc.evaluation import evaluate as measure_accuracy
 from lcc.export import Exported, check_file, to_onnx
 from lcc.inspection import Inspection, inspection
-from lcc.libraries import names_library
 from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.network import Network, original_of, sites_of
 from lcc.plan import Plan, Rule, Site, make_plan
@@ -127,21 +126,6 @@ def finetune(
         rows.append(network.but(name="before").row(accuracy=start, data=measured_on))
     trained = trained.but(name="trained" if start is None else "fine-tuned")
     return plain_report((*rows, trained.row(accuracy=result.accuracy, data=measured_on)))
-
-
-def untrained(part: ModelPart) -> ModelPart:
-    """Return the same network with random weights, to train from scratch.
-
-    Raises: RecipeError: it is a file or a directory, which holds weights, or weights are asked for.
-    """
-    if not names_library(part.source) and Path(part.source).exists():
-        raise RecipeError(
-            f"--from-scratch is for a network by its name, such as zoo:NAME, and {part.source} holds weights; "
-            "convert with --weights none, then finetune with --set distill=0, to train a converted one so"
-        )
-    if part.weights not in (None, "none"):
-        raise RecipeError(f"--from-scratch has no use for --weights {part.weights}; leave one of them out")
-    return part.model_copy(update={"weights": "none"})
 
 
 def teacher_part(teacher: str, student: ModelPart) -> ModelPart:

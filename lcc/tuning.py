@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from lcc import data, train
 from lcc.errors import RecipeError
+from lcc.libraries import names_library
 from lcc.manifest import event_now
 from lcc.recipe import Finetune, ModelPart
 from lcc.settings import checkpoints_of, command_line
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lcc.network import Network
     from lcc.settings import Settings
     from lcc.train import TrainResult
@@ -106,3 +106,18 @@ def original_teacher(network: Network, settings: Settings) -> Network:
             "or pass --set distill=0"
         )
     return settings.open(ModelPart(source=source.id, num_classes=source.num_classes), name="original")
+
+
+def untrained(part: ModelPart) -> ModelPart:
+    """Return the same network with random weights, to train from scratch.
+
+    Raises: RecipeError: it is a file or a directory, which holds weights, or weights are asked for.
+    """
+    if not names_library(part.source) and Path(part.source).exists():
+        raise RecipeError(
+            f"--from-scratch is for a network by its name, such as zoo:NAME, and {part.source} holds weights; "
+            "convert with --weights none, then finetune with --set distill=0, to train a converted one so"
+        )
+    if part.weights not in (None, "none"):
+        raise RecipeError(f"--from-scratch has no use for --weights {part.weights}; leave one of them out")
+    return part.model_copy(update={"weights": "none"})
