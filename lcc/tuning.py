@@ -115,7 +115,7 @@ def untrained(part: ModelPart) -> ModelPart:
     """
     if not names_library(part.source) and Path(part.source).exists():
         raise RecipeError(
-            f"--from-scratch is for a network by its name, such as zoo:NAME, and {part.source} holds weights; "
+            f"--from-scratch is for a network by name, such as zoo:NAME, and {part.source} holds weights; "
             "convert with --weights none, then finetune with --set distill=0, to train a converted one so"
         )
     if part.weights not in (None, "none"):
