@@ -1,37 +1,45 @@
-"""What `lcc inspect` and `lcc convert --dry-run` show: every convolution, and what could be gained."""
+"""What `lcc inspect` and `lcc convert --dry-run` show: every site, and what could be gained."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lcc.plan import Site
+from lcc.methods import SiteKind
+from lcc.plan import NOUNS, Plan, Site, decide, rules_for
 from lcc.specs import Cost, Frozen
 from lcc.tables import BAD, GOOD, QUIET, TIMES, UNKNOWN, Cell, Sheet, change, ms, si
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from lcc.measure import Bench
     from lcc.methods import Method
-    from lcc.plan import Plan
     from lcc.timing import Latency, Speedup
 
 
 class SiteRow(Frozen):
     """A site, its cost in the network as it is, and what a method would make of it.
 
-    `after` is None, and `reason` says in words why, where it stays dense.
+    `after` is None, and `reason` says in words why, where it stays dense. `before` is None for a residual
+    block that nothing can take: what it costs is not known from its description. `depth` counts the residual
+    steps that it is inside of; `gone`: one of them is replaced.
     """
 
     site: Site
-    before: Cost
+    before: Cost | None
     after: Cost | None
     reason: str | None
     method: str | None
+    depth: int = 0
+    gone: bool = False
 
 
 class Inspection(Frozen):
-    """Every site, and totals: of the network, and of the network if all that can be converted is."""
+    """Every site, and totals: of the network, and of the network if all that can be converted is.
+
+    `kinds` are those that are taken wherever they can be, or that a plan converts; `by_name` those of which
+    the method takes only what a rule spells out.
+    """
 
     source: str
     random_weights: bool
@@ -39,13 +47,20 @@ class Inspection(Frozen):
     rows: tuple[SiteRow, ...]
     before: Cost
     after: Cost
+    kinds: tuple[SiteKind, ...] = ("conv",)
+    by_name: tuple[SiteKind, ...] = ()
     planned: bool = False
     uncounted: tuple[str, ...] = ()
 
     @property
     def addressable(self) -> Cost:
         """Cost of the sites that can be converted, as they are."""
-        return sum((row.before for row in self.rows if row.after is not None), Cost(params=0, macs=0))
+        return sum((before for before, _ in self.converted), Cost(params=0, macs=0))
+
+    @property
+    def converted(self) -> list[tuple[Cost, Cost]]:
+        """What each site that can be converted costs now, and then; none of them is inside another."""
+        return [(row.before, row.after) for row in self.rows if row.before and row.after]
 
 
 def inspection(
@@ -64,22 +79,29 @@ def inspection(
 
     `done` says what made the operators that the network has already, by site.
     """
-    rows = tuple(_row(site, method, plan, done or {}) for site in sites)
-    saved = [(row.before, row.after) for row in rows if row.after is not None]
-    after = Cost(
-        params=total.params - sum(b.params - a.params for b, a in saved),
-        macs=total.macs - sum(b.macs - a.macs for b, a in saved),
-    )
-    return Inspection(
+    decided = decide(sites, rules_for(method)) if plan is None else plan
+    rows = tuple(_row(site, sites, decided, done or {}) for site in sites)
+    if plan is None:
+        kinds = method.kinds - method.by_name_only
+    else:
+        kinds = frozenset(row.site.kind for row in rows if row.after is not None)
+    found = Inspection(
         source=source,
         random_weights=random_weights,
         image_size=image_size,
         rows=rows,
         before=total,
-        after=after,
+        after=total,
+        kinds=tuple(kind for kind in NOUNS if kind in kinds),
+        by_name=tuple(sorted(method.by_name_only)),
         planned=plan is not None,
         uncounted=uncounted,
     )
+    after = Cost(
+        params=total.params - sum(b.params - a.params for b, a in found.converted),
+        macs=total.macs - sum(b.macs - a.macs for b, a in found.converted),
+    )
+    return found.model_copy(update={"after": after})
 
 
 def inspection_sheet(value: Inspection) -> Sheet:
@@ -88,7 +110,7 @@ def inspection_sheet(value: Inspection) -> Sheet:
     return Sheet(
         title=f"{value.source}, {height}x{width}" + (" (RANDOM WEIGHTS)" if value.random_weights else ""),
         headers=("site", "shape", "at", "params", "MACs", "of MACs", "becomes"),
-        rows=tuple(_cells(row, value.before) for row in value.rows),
+        rows=tuple(_cells(row, value) for row in value.rows),
         notes=tuple(_totals(value)),
         left=(0, 1, 6),
     )
@@ -147,45 +169,72 @@ def _bench_cells(name: str, latency: Latency, speedup: Speedup | None) -> tuple[
     )
 
 
-def _row(site: Site, method: Method, plan: Plan | None, done: Mapping[str, Method]) -> SiteRow:
-    if plan is None:
-        chosen, reason = (None, why) if (why := site.why_not(method)) else (method, None)
-    else:
-        chosen = plan.methods().get(site.name)
-        reason = next((kept.reason for kept in plan.kept if kept.site == site.name), None)
-    after = None if chosen is None else site.cost_with(chosen)
+def _row(site: Site, sites: tuple[Site, ...], plan: Plan, done: Mapping[str, Method]) -> SiteRow:
+    methods = plan.methods()
+    chosen = methods.get(site.name)
+    around = [other.name for other in sites if other.kind == "step" and other.holds(site)]
+    before = site.cost_with(done[site.name]) if site.name in done and site.sizes else site.cost()
     return SiteRow(
         site=site,
-        before=site.cost_with(done[site.name]) if site.name in done and site.sizes else site.cost(),
-        after=after,
-        reason=reason,
+        before=None if site.kind == "step" and site.name not in done and site.obstacle else before,
+        after=None if chosen is None else site.cost_with(chosen),
+        reason=next((kept.reason for kept in plan.kept if kept.site == site.name), None),
         method=None if chosen is None else str(chosen),
+        depth=len(around),
+        gone=any(name in methods for name in around),
     )
 
 
-def _cells(row: SiteRow, total: Cost) -> tuple[Cell, ...]:
-    site = row.site
-    share = Cell(f"{row.before.macs / total.macs:.1%}" if total.macs else UNKNOWN)
-    if row.after is None:
-        outcome = Cell(f"dense: {row.reason}", QUIET)
-        costs = (Cell(si(row.before.params)), Cell(si(row.before.macs)))
-    else:
-        outcome = Cell(row.method or "", GOOD)
-        costs = (
-            Cell(change(si(row.before.params), si(row.after.params))),
-            Cell(change(si(row.before.macs), si(row.after.macs))),
-        )
+def _cells(row: SiteRow, value: Inspection) -> tuple[Cell, ...]:
+    site, before, after = row.site, row.before, row.after
+    total = value.before.macs
+    costs = (Cell(UNKNOWN), Cell(UNKNOWN))
+    if before is not None:
+        costs = (Cell(si(before.params)), Cell(si(before.macs)))
+    if before is not None and after is not None:
+        params, macs = change(si(before.params), si(after.params)), change(si(before.macs), si(after.macs))
+        costs = (Cell(params), Cell(macs))
+    share = Cell(f"{before.macs / total:.1%}" if before and total else UNKNOWN)
     calls = f" {TIMES}{len(site.sizes)}" if len(site.sizes) > 1 else ""
     size = Cell(f"{site.sizes[0]}{calls}" if site.sizes else UNKNOWN)
-    return (Cell(site.name), Cell(str(site.spec)), size, *costs, share, outcome)
+    return (
+        Cell("  " * row.depth + site.name),
+        Cell(str(site.spec)),
+        size,
+        *costs,
+        share,
+        _outcome(row, value),
+    )
+
+
+def _outcome(row: SiteRow, value: Inspection) -> Cell:
+    if row.method is not None:
+        return Cell(row.method, GOOD)
+    of_other_kind = row.site.obstacle is None and row.site.kind not in value.kinds
+    if row.gone or (of_other_kind and not value.planned):
+        return Cell("")  # the step around it says what becomes of it, or the totals say why nothing does
+    return Cell(f"dense: {row.reason}", QUIET)
+
+
+def _counts(value: Inspection) -> Iterator[str]:
+    """Yield, for every kind of site, how many of them can be converted."""
+    for kind, (_, nouns) in NOUNS.items():
+        rows = [row for row in value.rows if row.site.kind == kind]
+        free = sum(row.site.obstacle is None for row in rows)
+        if kind in value.kinds:
+            count = sum(row.after is not None for row in rows)
+            yield f"{count} of {len(rows)} {nouns} {'would' if value.planned else 'can'} be converted"
+        elif rows and not value.planned and kind in value.by_name:
+            yield f"{nouns}: only where a rule spells a name out"
+        elif rows and not value.planned:
+            yield f"{free} of {len(rows)} {nouns} are open to other methods: see `lcc methods`"
 
 
 def _totals(value: Inspection) -> list[str]:
     part, before, after = value.addressable, value.before, value.after
-    count = sum(row.after is not None for row in value.rows)
-    lines = [f"{count} of {len(value.rows)} convolutions {'would' if value.planned else 'can'} be converted"]
+    lines = [*_counts(value)]
     word = "chosen" if value.planned else "addressable"
-    if count:
+    if value.converted:
         lines += [
             f"{word}: {part.params / before.params:.0%} of {before.params:,} parameters",
             f"{word}: {part.macs / before.macs:.0%} of {before.macs:,} MACs ({2 * before.macs:,} FLOPs)",

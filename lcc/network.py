@@ -14,10 +14,11 @@ from lcc.directory import WEIGHTS
 from lcc.errors import SourceError
 from lcc.plan import Plan, Site
 from lcc.report import LayerRow, ModelRow
+from lcc.specs import StepSpec
 from lcc.surgery import find_sites
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lcc.evaluation import Accuracy
     from lcc.manifest import Event
@@ -75,7 +76,7 @@ class Network:
             accuracy=accuracy,
             data=data,
             converted=converted or None,
-            kept=len(self.plan.kept) if converted else None,
+            kept=_alternatives_kept(model, self.plan) if converted else None,
             history=tuple(event.command for event in self.history),
             layers=layer_rows(sites, self.plan, self.fits),
         )
@@ -134,6 +135,16 @@ def layer_rows(sites: tuple[Site, ...], plan: Plan, fits: dict[str, Fit]) -> tup
         )
         for site in sites
         if site.name in methods
+    )
+
+
+def _alternatives_kept(model: nn.Module, plan: Plan) -> int:
+    """Return how many sites of the kinds that the plan converts stay dense; none inside a converted one."""
+    done = list(plan.methods())
+    kinds = {"step" if isinstance(model.get_submodule(name).spec, StepSpec) else "conv" for name in done}
+    return sum(
+        entry.kind in kinds and not any(entry.site.startswith(f"{name}.") for name in done)
+        for entry in plan.kept
     )
 
 

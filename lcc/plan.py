@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from typing import NamedTuple
+
 from lcc.errors import NothingToConvertError, RecipeError
 from lcc.methods import AnyMethod, Method, SiteKind
 from lcc.specs import ConvSpec, Cost, Frozen, Size, StepSpec
 
 DENSE_BY_RULE = "kept dense by a rule (or --exclude)"
 NO_RULE = "named by no rule (or --include)"
+NOUNS: dict[SiteKind, tuple[str, str]] = {
+    "conv": ("convolution", "convolutions"),
+    "step": ("residual step", "residual steps"),
+}
 
 
 class Site(Frozen):
@@ -37,12 +43,28 @@ class Site(Frozen):
         costs = [method.cost(self.spec, size) for size in self.sizes]
         return Cost(params=costs[0].params, macs=sum(cost.macs for cost in costs))
 
-    def why_not(self, method: Method) -> str | None:
-        """Return in words why `method` can't or shouldn't take this site; None if it can."""
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its name, and its other names."""
+        return (self.name, *self.aliases)
+
+    def holds(self, other: Site) -> bool:
+        """Whether the other site is inside this one."""
+        return any(inner.startswith(f"{outer}.") for outer in self.names for inner in other.names)
+
+    def why_not(self, method: Method, *, by_name: bool = False) -> str | None:
+        """Return in words why `method` can't or shouldn't take this site; None if it can.
+
+        `by_name`: a rule spells the site out, as some methods want for some kinds.
+        """
         if self.obstacle is not None:
             return self.obstacle
+        one, _ = NOUNS[self.kind]
         if self.kind not in method.kinds:
-            return f"{method.name} takes {' and '.join(sorted(method.kinds))} sites, this is a {self.kind}"
+            taken = " and ".join(NOUNS[kind][1] for kind in sorted(method.kinds))
+            return f"{method.name} takes {taken}, and this is a {one}"
+        if self.kind in method.by_name_only and not by_name:
+            return f"{method.name} takes a {one} only where a rule spells its name out"
         reason = method.why_not(self.spec)
         if reason is not None:
             return reason
@@ -62,11 +84,11 @@ class Rule(Frozen):
 
     def matches(self, site: Site) -> bool:
         """Whether any glob matches any name of the site."""
-        return any(fnmatchcase(name, glob) for glob in self.match for name in (site.name, *site.aliases))
+        return any(fnmatchcase(name, glob) for glob in self.match for name in site.names)
 
     def spells_out(self, site: Site) -> bool:
         """Whether a pattern is one of the site's names, letter by letter."""
-        return any(name in self.match for name in (site.name, *site.aliases))
+        return any(name in self.match for name in site.names)
 
 
 class Group(Frozen):
@@ -81,6 +103,7 @@ class Kept(Frozen):
 
     site: str
     reason: str
+    kind: SiteKind = "conv"
 
 
 class Plan(Frozen):
@@ -103,36 +126,104 @@ def rules_for(
 
 
 def make_plan(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> Plan:
-    """Return the plan in which the first matching rule decides each site.
+    """Return the plan in which the first matching rule decides each site; see `decide`.
 
     Raises: RecipeError: a pattern matches no site, or names a site that its method can't take.
     NothingToConvertError: no site is converted.
     """
     if not sites:
-        raise NothingToConvertError("nothing to convert: the network has no nn.Conv2d")
+        raise NothingToConvertError("nothing to convert: the network has no nn.Conv2d and no residual step")
     _refuse_idle_patterns(sites, rules)
+    plan = decide(sites, rules)
+    if not plan.groups:
+        raise NothingToConvertError(_nothing(plan.kept, rules))
+    return plan
+
+
+def decide(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> Plan:
+    """Return the plan, which may convert nothing; sites are in order of call, a step before what is inside.
+
+    A rule whose method does not take sites of a kind passes over those that it does not spell out: the next
+    rule that matches decides. Where sites lie in one another, the earlier rule wins, and for one rule the
+    outer site: a step is kept where an earlier rule converts, or keeps dense, something inside it; what is
+    inside a step that is replaced goes with it.
+    Raises: RecipeError: a rule spells out a site that its method can't take, or that another one rules out.
+    """
+    choices = [_choose(site, rules) for site in sites]
+    made: list[_Choice] = []
+    ruled_out: dict[str, str] = {}
+    for choice in sorted((c for c in choices if c.is_decision), key=lambda c: c.number):
+        reason = _ruled_out(choice, made)
+        if reason is None:
+            made.append(choice)
+        elif choice.spelled_out and choice.method is not None:
+            raise RecipeError(_refusal(choice.site, choice.method, reason))
+        else:
+            ruled_out[choice.site.name] = reason
     taken: dict[Method, list[str]] = {}
     kept: list[Kept] = []
-    for site in sites:
-        rule = next((rule for rule in rules if rule.matches(site)), None)
-        if rule is None or rule.method is None:
-            kept.append(
-                Kept(site=site.name, reason=site.obstacle or (NO_RULE if rule is None else DENSE_BY_RULE))
-            )
-            continue
-        reason = site.why_not(rule.method)
-        if reason is None:
-            taken.setdefault(rule.method, []).append(site.name)
-        elif rule.spells_out(site):
-            raise RecipeError(
-                f"{site.name} can't be converted by {rule.method}: {reason}; match it with a glob to skip it"
-            )
+    stands = {choice.site.name for choice in made}
+    for choice in choices:
+        site = choice.site
+        if choice.method is not None and site.name in stands:
+            taken.setdefault(choice.method, []).append(site.name)
         else:
-            kept.append(Kept(site=site.name, reason=reason))
-    if not taken:
-        raise NothingToConvertError(_nothing(kept))
+            reason = ruled_out.get(site.name) or _inside(site, made) or choice.reason
+            kept.append(Kept(site=site.name, reason=reason, kind=site.kind))
     groups = tuple(Group(method=method, sites=tuple(names)) for method, names in taken.items())
     return Plan(groups=groups, kept=tuple(kept))
+
+
+class _Choice(NamedTuple):
+    """What the rules alone, without regard to other sites, say of one: its method, or why it has none."""
+
+    site: Site
+    number: int = 0  # of the rule that decides
+    method: Method | None = None
+    reason: str = ""
+    is_decision: bool = False  # to convert it, or to keep it dense
+    spelled_out: bool = False
+
+
+def _choose(site: Site, rules: tuple[Rule, ...]) -> _Choice:
+    passed_over = None
+    for number, rule in enumerate(rules):
+        if not rule.matches(site):
+            continue
+        method, spelled_out = rule.method, rule.spells_out(site)
+        if method is None:
+            return _Choice(site, number, reason=site.obstacle or DENSE_BY_RULE, is_decision=True)
+        reason = site.why_not(method, by_name=spelled_out)
+        if reason is None:
+            return _Choice(site, number, method, is_decision=True, spelled_out=spelled_out)
+        if spelled_out:
+            raise RecipeError(_refusal(site, method, reason))
+        if site.kind in method.kinds - method.by_name_only:
+            return _Choice(site, number, reason=reason)
+        passed_over = passed_over or reason
+    return _Choice(site, reason=passed_over or site.obstacle or NO_RULE)
+
+
+def _ruled_out(choice: _Choice, made: list[_Choice]) -> str | None:
+    """Return in words which decision of an earlier rule, on a site around it or inside it, bars this one."""
+    around = _inside(choice.site, made)
+    if around is not None or choice.method is None:
+        return around
+    inner = next((other for other in made if choice.site.holds(other.site)), None)
+    if inner is None:
+        return None
+    return f"holds {inner.site.name}, which an earlier rule {'converts' if inner.method else 'keeps dense'}"
+
+
+def _inside(site: Site, made: list[_Choice]) -> str | None:
+    outer = next((other for other in made if other.method is not None and other.site.holds(site)), None)
+    if outer is None or outer.method is None:
+        return None
+    return f"inside {outer.site.name}, which {outer.method.name} replaces"
+
+
+def _refusal(site: Site, method: Method, reason: str) -> str:
+    return f"{site.name} can't be converted by {method}: {reason}; match it with a glob to skip it"
 
 
 def _refuse_idle_patterns(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> None:
@@ -145,10 +236,12 @@ def _refuse_idle_patterns(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> N
                 )
 
 
-def _nothing(kept: list[Kept]) -> str:
+def _nothing(kept: tuple[Kept, ...], rules: tuple[Rule, ...]) -> str:
+    """Return in words why nothing is converted, of the kinds of sites that the rules are about."""
+    about = {kind for rule in rules if rule.method for kind in rule.method.kinds - rule.method.by_name_only}
     counts: dict[str, int] = {}
-    for entry in kept:
+    for entry in [entry for entry in kept if entry.kind in about] or kept:
         counts[entry.reason] = counts.get(entry.reason, 0) + 1
     reasons = sorted(counts.items(), key=lambda item: -item[1])
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons[:3])
-    return f"nothing to convert among {len(kept)} sites: {listed}; `lcc inspect` lists them all"
+    return f"nothing to convert among {sum(counts.values())} sites: {listed}; `lcc inspect` lists them all"

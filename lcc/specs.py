@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from math import log2
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -42,6 +44,11 @@ class Cost(Frozen):
     def cheaper_than(self, other: Cost) -> bool:
         """Whether this costs less in one respect and more in none."""
         return self != other and self.params <= other.params and self.macs <= other.macs
+
+
+def fft_macs(points: int, *, real: bool) -> int:
+    """Return what a Fourier transform of that many points counts: round(2.5 N log2 N) MACs, half if real."""
+    return round((1.25 if real else 2.5) * points * log2(points))
 
 
 class ConvSpec(Frozen):
@@ -112,14 +119,18 @@ class ConvSpec(Frozen):
 class StepSpec(Frozen):
     """A residual step post(x + F(x)) on (N, C, H, W), identity skip, stride 1: what F is made of.
 
-    `convs` are F's convolutions in order of call, `squeeze` those of them that see a map pooled to 1x1
-    (squeeze-and-excitation). `norm_params` counts what its normalisations store. `activation` is the one
-    inside F, `post` the one after the sum. `pre_norm`: F starts with its normalisation (pre-activation).
+    `convs` are F's convolutions in order of call, `squeeze` those (and linear layers) that see a map pooled
+    to 1x1 (squeeze-and-excitation). `in_a_row`: each sees what the one before it gave, and nothing else.
+    `norm_params` counts what its normalisations store. `activation` is the first one inside F, if it is one
+    of those with a name, `post` the one after the sum. `pre_norm`: F starts with its normalisation
+    (pre-activation). `norm_eps` and `norm_momentum` are the first normalisation's. `drop_path` is the rate of
+    its stochastic depth. Where nothing can take the step, `convs` is what was seen of it.
     """
 
     channels: int
     convs: tuple[ConvSpec, ...]
     squeeze: tuple[ConvSpec, ...] = ()
+    in_a_row: bool = True
     norm_params: int = 0
     activation: Activation | None = "relu"
     post: Activation | None = None
@@ -131,7 +142,8 @@ class StepSpec(Frozen):
     @property
     def kernel_size(self) -> tuple[int, int]:
         """The largest kernel in F, (kh, kw)."""
-        return max((conv.kernel_size for conv in self.convs), key=lambda kernel: kernel[0] * kernel[1])
+        kernels = (conv.kernel_size for conv in self.convs)
+        return max(kernels, key=lambda kernel: kernel[0] * kernel[1], default=(1, 1))
 
     @property
     def params(self) -> int:
@@ -149,4 +161,17 @@ class StepSpec(Frozen):
         return Cost(params=self.params, macs=macs + sum(conv.cost(one).macs for conv in self.squeeze))
 
     def __str__(self) -> str:
-        return f"step {self.channels}: {', '.join(str(conv) for conv in self.convs)}"
+        parts: list[str] = []
+        for text, alike in groupby(_in_a_step(conv) for conv in self.convs):
+            count = len(list(alike))
+            parts += [text] * count if count < 3 else [f"{count} times {text}"]
+        squeeze = f", squeeze {self.squeeze[0].out_channels}" if self.squeeze else ""
+        return f"step {self.channels}: {', '.join(parts)}{squeeze}"
+
+
+def _in_a_step(conv: ConvSpec) -> str:
+    """Return a convolution in few words: its kernel, and how many channels it gives."""
+    text = f"{conv.kernel_size[0]}x{conv.kernel_size[1]} {conv.out_channels}"
+    if conv.groups == 1:
+        return text
+    return f"{text} depthwise" if conv.groups == conv.in_channels else f"{text} groups {conv.groups}"

@@ -45,8 +45,12 @@ def sites_of(model, x=None):
     return {site.name: site for site in find_sites(model, photos(1) if x is None else x)}
 
 
-def norms_of(model):
-    return {name: site.norm for name, site in sites_of(model).items()}
+def convs_of(model, x=None):
+    return {name: site for name, site in sites_of(model, x).items() if site.kind == "conv"}
+
+
+def norms_of(model, x=None):
+    return {name: site.norm for name, site in convs_of(model, x).items()}
 
 
 def obstacle_of(model, name="conv"):
@@ -78,7 +82,7 @@ def test_sites_come_in_order_of_first_call_and_those_never_called_last():
 def test_every_convolution_of_a_residual_network_is_a_site():
     model = seeded(TinyResNet)
     convs = {name for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    assert sites_of(model).keys() == convs
+    assert convs_of(model).keys() == convs
 
 
 def test_a_network_without_convolutions_has_no_sites():
@@ -120,9 +124,10 @@ def test_a_converted_site_says_that_it_is_converted():
 
 def test_a_converted_site_keeps_its_description():
     model = seeded(TinyResNet)
-    before = sites_of(model)
+    before = convs_of(model)
     convert_all_(model)
-    assert all(sites_of(model)[name].spec == site.spec for name, site in before.items())
+    after = convs_of(model)
+    assert all(after[name].spec == site.spec for name, site in before.items())
 
 
 @pytest.mark.parametrize("options", GEOMETRIES, ids=str)
@@ -256,7 +261,7 @@ def test_each_convolution_of_a_residual_network_has_its_own_norm():
 
 def test_each_convolution_of_torchvision_resnet18_has_a_norm():
     model = torchvision.models.resnet18()
-    norms = {name: site.norm for name, site in sites_of(model, torch.randn(1, 3, 64, 64)).items()}
+    norms = norms_of(model, torch.randn(1, 3, 64, 64))
     assert len(norms) == 20
     assert norms == {
         name: name.replace("downsample.0", "downsample.1").replace("conv", "bn") for name in norms
@@ -426,10 +431,7 @@ def test_finding_sites_keeps_hooks_of_the_host_and_lets_them_run():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_finding_sites_works_in_other_floats(dtype):
-    model = seeded(TinyResNet).to(dtype)
-    assert {site.norm for site in find_sites(model, photos(1).to(dtype))} == set(
-        norms_of(seeded(TinyResNet)).values()
-    )
+    assert norms_of(seeded(TinyResNet).to(dtype), photos(1).to(dtype)) == norms_of(seeded(TinyResNet))
 
 
 @pytest.mark.parametrize(
