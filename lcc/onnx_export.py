@@ -16,6 +16,7 @@ from lcc import __version__
 from lcc.errors import CheckFailedError, RecipeError
 from lcc.onnx_channels import split_multipliers
 from lcc.onnx_graph import drop_unused, fold_batch_norms, order_sums, strip
+from lcc.onnx_padding import is_wrap, wraps_as_convs
 from lcc.onnx_runtime import first_line
 
 if TYPE_CHECKING:
@@ -56,11 +57,12 @@ def export_graph(
             ) from error
     assert program is not None  # only the legacy exporter gives None
     model = program.model
-    _check_opset(model, opset)
     _refuse_fourier(model, operators)
     fold_batch_norms(model)
     order_sums(model)
     split_multipliers(model)
+    wraps_as_convs(model)
+    _check_opset(model, opset)
     drop_unused(model)
     strip(model)
     model.producer_name, model.producer_version = "lcc", __version__
@@ -82,8 +84,7 @@ def _check_opset(model: ir.Model, opset: int) -> None:
         raise RecipeError(
             f"opset {opset} can't be had: the exporter gives {model.opset_imports['']}; use that"
         )
-    pads = (node for node in model.graph if node.op_type == "Pad" and "mode" in node.attributes)
-    if opset < WRAP_OPSET and any(pad.attributes["mode"].as_string() == "wrap" for pad in pads):
+    if opset < WRAP_OPSET and any(is_wrap(node) for node in model.graph):
         raise RecipeError(f"opset {opset} has no periodic padding; use opset {WRAP_OPSET} or later")
 
 

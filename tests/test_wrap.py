@@ -41,17 +41,22 @@ def test_gradients_go_through_the_padding():
     assert torch.autograd.gradcheck(lambda x: wrap_pad(x, (1, 2, 3, 0)), (x,))
 
 
+def exported(channels, pads, opset=20):
+    return export_graph(Padded(pads).eval(), torch.randn(2, channels, 5, 7), opset)
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(3, "Pad"), (4, "Conv")])
 @pytest.mark.parametrize("pads", PADS[1:])
-def test_padding_exports_as_one_node_for_any_batch(pads):
-    model = export_graph(Padded(pads).eval(), torch.randn(2, 3, 5, 7), 20)
-    assert op_types(model) == ["Pad"]
-    assert model.graph[0].attributes["mode"].as_string() == "wrap"
+def test_padding_exports_as_one_node_for_any_batch(channels, kind, pads):
+    model = exported(channels, pads)
+    assert op_types(model) == [kind]
     session = Session(ir.to_proto(model).SerializeToString())
     for batch in (1, 3):
-        x = np.random.default_rng(batch).standard_normal((batch, 3, 5, 7)).astype(np.float32)
+        x = np.random.default_rng(batch).standard_normal((batch, channels, 5, 7)).astype(np.float32)
         np.testing.assert_array_equal(session.run({"input": x})[0], periodic(x, pads))
 
 
 def test_an_opset_that_does_not_have_it_is_refused_with_the_one_that_has():
     with pytest.raises(RecipeError, match="opset 19"):
-        export_graph(Padded((1, 1, 1, 1)).eval(), torch.randn(2, 3, 5, 7), 18)
+        exported(3, (1, 1, 1, 1), opset=18)
+    assert op_types(exported(4, (1, 1, 1, 1), opset=18)) == ["Conv"]
