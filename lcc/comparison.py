@@ -17,6 +17,7 @@ from lcc.measure import Bench, bench_layers, bench_onnx, bench_torch
 from lcc.operator_timing import sweep_operators
 from lcc.plan import Site
 from lcc.report import ModelRow, Report
+from lcc.specs import StepSpec
 
 if TYPE_CHECKING:
     from lcc.measure import Conditions
@@ -142,7 +143,7 @@ def cross_checks(networks: list[Network]) -> tuple[str, ...]:
     """Return in lines how the MACs compare with what fvcore counts."""
     lines = []
     for network in networks:
-        ours = count_macs(network.loaded.model, network.example, network.plan.methods()).macs
+        ours = count_macs(network.loaded.model, network.example).macs
         theirs = fvcore_macs(network.loaded.model, network.example).macs
         agrees = "as lcc does" if ours == theirs else f"where lcc counts {ours:,}"
         lines.append(f"{network.name}: fvcore counts {theirs:,} MACs, {agrees}")
@@ -152,7 +153,15 @@ def cross_checks(networks: list[Network]) -> tuple[str, ...]:
 def _layer_times(
     row: ModelRow, network: Network, options: BenchOptions
 ) -> tuple[tuple[LayerRow, ...], list[Conditions]]:
-    sites = tuple(Site(name=layer.site, spec=layer.spec, sizes=(layer.size,)) for layer in row.layers)
+    sites = tuple(
+        Site(
+            name=layer.site,
+            kind="step" if isinstance(layer.spec, StepSpec) else "conv",
+            spec=layer.spec,
+            sizes=(layer.size,),
+        )
+        for layer in row.layers
+    )
     layers = row.layers
     conditions: list[Conditions] = []
     for wanted, onnx, key in ((options.torch, False, "torch"), (options.onnx, True, "onnx")):

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lcc.methods import LowCostOp
 from lcc.specs import Frozen, Size, fft_macs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
-    from lcc.methods import LowCostOp, Method
 
 # Parameters, but no multiply-accumulates by convention.
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -78,16 +78,16 @@ def count_params(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_macs(model: nn.Module, example: Tensor, methods: Mapping[str, Method] | None = None) -> MacCount:
+def count_macs(model: nn.Module, example: Tensor) -> MacCount:
     """Count by running the model on the first image of `example` (N, C, H, W) in eval mode.
 
-    Operators named in `methods` are counted by their method's formula, others by what they are made of.
+    Low-cost operators are counted by their method's formula, everything else by what it is made of.
     """
-    methods = methods or {}
     macs: dict[str, int] = {}
     uncounted: dict[str, str] = {}
     called: set[nn.Module] = set()
-    inside = {inner for name in methods for inner in model.get_submodule(name).modules()}
+    operators = {name: module for name, module in model.named_modules() if isinstance(module, LowCostOp)}
+    inside = {inner for operator in operators.values() for inner in operator.modules()}
 
     def note(name: str, rule: Callable[[Any, Tensor, Tensor], int] | None) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -101,8 +101,8 @@ def count_macs(model: nn.Module, example: Tensor, methods: Mapping[str, Method] 
 
     holders = {name: module for name, module in model.named_modules() if _holds_parameters(module)}
     handles = []
-    for name, method in methods.items():
-        handles.append(model.get_submodule(name).register_forward_hook(note(name, _by_formula(method))))
+    for name, operator in operators.items():
+        handles.append(operator.register_forward_hook(note(name, _by_formula)))
     for name, module in holders.items():
         if module not in inside:
             handles.append(module.register_forward_hook(note(name, _rule(module))))
@@ -149,8 +149,8 @@ def _rule(module: nn.Module) -> Callable[[Any, Tensor, Tensor], int] | None:
     return None
 
 
-def _by_formula(method: Method) -> Callable[[LowCostOp, Tensor, Tensor], int]:
-    return lambda op, x, _: method.cost(op.spec, Size(height=x.shape[-2], width=x.shape[-1])).macs
+def _by_formula(op: LowCostOp, x: Tensor, _: Tensor) -> int:
+    return op.method.cost(op.spec, Size(height=x.shape[-2], width=x.shape[-1])).macs
 
 
 def _fft_handle(op: str) -> Callable[[list[Any], list[Any]], int]:

@@ -39,7 +39,7 @@ def choose(
     thread. `timed` remembers who won, so that operators alike are timed once.
     `timer` gives the time of every module on an example; default: `milliseconds`.
     """
-    candidates = op.lowerings(size)
+    candidates = op.lowerings(size, tolerance)
     close = [lowering for lowering in candidates if lowering.relative_error <= tolerance]  # NaN is not
     if not close:
         best = min(candidates, key=_error)

@@ -61,7 +61,7 @@ class Network:
     ) -> ModelRow:
         """Return its line of a report, without latencies; `sites`, of the original, make the layer table."""
         model = self.loaded.model
-        count = count_macs(model, self.example, self.plan.methods())
+        count = count_macs(model, self.example)
         converted = len(self.plan.methods())
         return ModelRow(
             name=self.name,

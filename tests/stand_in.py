@@ -5,6 +5,7 @@ import copy
 from torch import nn
 
 from lcc.methods import LowCostOp, Lowering
+from lcc.methods.linear_mix import LinearMix
 from lcc.specs import ConvSpec
 
 SPEC = ConvSpec(in_channels=4, out_channels=4, kernel_size=(3, 3), padding=(1, 1))
@@ -25,14 +26,14 @@ class StandIn(LowCostOp):
     """`lowered` gives the modules to lower to, with what is said of them: (module, how, relative error)."""
 
     def __init__(self, lowered=None, spec=SPEC):
-        super().__init__(spec)
+        super().__init__(LinearMix(), spec)
         self.conv = nn.Conv2d(spec.in_channels, spec.out_channels, 3, padding=1)
         self.lowered = lowered or (lambda op, size: [(copy.deepcopy(op.conv),)])
 
     def forward(self, x):
         return self.conv(x)
 
-    def lowerings(self, size):
+    def lowerings(self, size, tolerance):
         return tuple(Lowering(*one) for one in self.lowered(self, size))
 
     def project_(self, original):

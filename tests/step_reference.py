@@ -33,6 +33,8 @@ def coupling_matrix(op, method, height, width):
     """Return K over all channels and pixels, (C H W, C H W)."""
     taps = op.stencil.detach().numpy()
     c, n = len(taps), height * width
+    if method.name == "rd_circulant":
+        taps = taps / np.sqrt(c)
     periodic = method.name == "rd_implicit" or getattr(method, "boundary", "zeros") == "periodic"
     blocks = [stencil_matrix(tap, height, width, periodic=periodic) for tap in taps]
     matrix = np.zeros((c * n, c * n))

@@ -286,7 +286,7 @@ def test_output_channels_have_one_scale_together():
 
 def test_a_lowered_operator_keeps_its_weights_when_the_operator_trains_on():
     op, x = Circulant().build(conv(6, padding=(1, 1))), torch.randn(1, 6, 5, 5)
-    lowered = op.lowerings(Size(height=5, width=5))[0].module
+    lowered = op.lowerings(Size(height=5, width=5), 1e-3)[0].module
     before = lowered(x)
     with torch.no_grad():
         op.theta.add_(1)

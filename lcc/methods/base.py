@@ -66,9 +66,9 @@ class LowCostOp(nn.Module, ABC):
 
     fits_slowly: ClassVar[bool] = False  # by training on activations instead of a closed form
 
-    def __init__(self, spec: ConvSpec | StepSpec) -> None:
+    def __init__(self, method: Method, spec: ConvSpec | StepSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.method, self.spec = method, spec
         if isinstance(spec, ConvSpec):
             self.in_channels = spec.in_channels
             self.out_channels = spec.out_channels
@@ -96,10 +96,11 @@ class LowCostOp(nn.Module, ABC):
         """Take on the weights that reproduce the outputs best; call `project_` first, it is the start."""
 
     @abstractmethod
-    def lowerings(self, size: Size) -> tuple[Lowering, ...]:
+    def lowerings(self, size: Size, tolerance: float) -> tuple[Lowering, ...]:
         """Return the ways to run it in ONNX Runtime on inputs of this size; the fastest is measured.
 
-        None of them shares a module with the operator where it changes one.
+        `tolerance` is the relative error that a way may have, where exactness costs time. None of them
+        shares a tensor with the operator.
         """
 
     def warning(self) -> str | None:

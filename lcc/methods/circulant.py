@@ -68,14 +68,14 @@ class Circulant(Method):
 
     def build(self, spec: ConvSpec) -> CirculantOp:
         """Return the operator with freshly initialised weights."""
-        return CirculantOp(spec)
+        return CirculantOp(self, spec)
 
 
 class CirculantOp(LinearOp):
     """A convolution with the kernel W[i, j] = theta[(j - i) mod C]; theta is (C, kh, kw)."""
 
-    def __init__(self, spec: ConvSpec) -> None:
-        super().__init__(spec)
+    def __init__(self, method: Circulant, spec: ConvSpec) -> None:
+        super().__init__(method, spec)
         channels, (kh, kw) = spec.in_channels, spec.kernel_size
         fan_in = channels * kh * kw  # every output sees all of theta
         self.theta = nn.Parameter(torch.randn(channels, kh, kw) * (2 / fan_in) ** 0.5)
@@ -156,7 +156,7 @@ class CirculantOp(LinearOp):
         norm: Tensor = torch.linalg.vector_norm(self.theta)
         return norm.expand(self.out_channels)
 
-    def lowerings(self, size: Size) -> tuple[Lowering, ...]:  # noqa: ARG002  # the same at every size
+    def lowerings(self, size: Size, tolerance: float) -> tuple[Lowering, ...]:  # noqa: ARG002  # always exact
         """Return the same arithmetic as plain convolutions with frozen weights; exact at every size."""
         return (Lowering(_LoweredCirculant(self)),)
 

@@ -105,7 +105,7 @@ class ReactionDiffusionOp(LowCostOp):
     fits_slowly: ClassVar[bool] = True
 
     def __init__(self, method: ReactionDiffusion, spec: Spec) -> None:
-        super().__init__(spec)
+        super().__init__(method, spec)
         self.channels = channels = channels_of(spec)
         kh, kw = method.stencil_size(spec)
         of_step = isinstance(spec, StepSpec)

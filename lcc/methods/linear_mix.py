@@ -109,7 +109,7 @@ class LinearMixOp(LinearOp):
     """K x + M x as two convolutions: `spatial` (grouped) and `pointwise` (1x1, carries the bias)."""
 
     def __init__(self, method: LinearMix, spec: ConvSpec) -> None:
-        super().__init__(spec)
+        super().__init__(method, spec)
         self.stencil = method.stencil
         self.channel_groups = spec.in_channels // method.group_size
         kh, kw = spec.kernel_size
@@ -210,7 +210,7 @@ class LinearMixOp(LinearOp):
         if self.bias is not None:
             self.bias.mul_(factor)
 
-    def lowerings(self, size: Size) -> tuple[Lowering, ...]:  # noqa: ARG002  # the same at every size
+    def lowerings(self, size: Size, tolerance: float) -> tuple[Lowering, ...]:  # noqa: ARG002  # always exact
         """Return two plain convolutions and a sum; a cross becomes a square kernel with empty corners."""
         lowered = copy.deepcopy(self)
         if isinstance(self.spatial, CrossConv2d):

@@ -82,7 +82,7 @@ class RdExplicitOp(ReactionDiffusionOp):
         return _past_the_bound(float(self.amplification()))
 
     @torch.no_grad()
-    def lowerings(self, size: Size) -> tuple[Lowering, ...]:  # noqa: ARG002  # the same at every size
+    def lowerings(self, size: Size, tolerance: float) -> tuple[Lowering, ...]:  # noqa: ARG002  # always exact
         """Return two depthwise convolutions and a 1x1 one, the step's length in their weights."""
         root = float(self.step) ** 0.5
         return (Lowering(LoweredExplicit(self.lowered_reaction(), root * self.stencil.detach(), self.post)),)
@@ -141,7 +141,7 @@ class RdImplicitOp(ReactionDiffusionOp):
         self.stencil.copy_(self.capped_stencil())
 
     @torch.no_grad()
-    def lowerings(self, size: Size, tolerance: float = 1e-3) -> tuple[Lowering, ...]:
+    def lowerings(self, size: Size, tolerance: float) -> tuple[Lowering, ...]:
         """Return the solve as a periodic stencil to `tolerance`, and as exact real matrices."""
         stencil, step = self.capped_stencil().detach(), float(self.step)
         short = green(stencil, step, size.height, size.width, tolerance)
@@ -186,7 +186,11 @@ class RdCirculant(ReactionDiffusion):
 
 
 class RdCirculantOp(ReactionDiffusionOp):
-    """y + h (-K^T K y + relu(N(M y))), K block-circulant: channel i sees channel i + d under stencil d."""
+    """y + h (-K^T K y + relu(N(M y))), K block-circulant: channel i sees channel i + d under `taps` d.
+
+    The parameter is the taps times the root of C: C times as many add up as in a depthwise stencil, and so
+    steps of a learning rate that suits the one change K^T K as much in the other.
+    """
 
     def __init__(self, method: RdCirculant, spec: Spec) -> None:
         super().__init__(method, spec)
@@ -198,10 +202,16 @@ class RdCirculantOp(ReactionDiffusionOp):
         """Return (N, C, H, W) for x (N, C, H, W)."""
         return activate(x + self.step * (self.reaction(x) - self.diffused(x)), self.post)
 
+    @property
+    def taps(self) -> Tensor:
+        """The stencils of K, (C, kh, kw)."""
+        root: float = self.channels**0.5
+        return self.stencil / root
+
     def diffused(self, x: Tensor) -> Tensor:
         """Return K^T K x."""
         if self.periodic:
-            return laid_out_as(x, circulant.periodic_circulant_gram(x, self.stencil))
+            return laid_out_as(x, circulant.periodic_circulant_gram(x, self.taps))
         z = F.conv2d(x, self.analysis)
         for stencils in self._stencils():
             z = circulant.apply(z, *stencils, padding=_same(stencils[0]))
@@ -209,7 +219,7 @@ class RdCirculantOp(ReactionDiffusionOp):
 
     def amplification(self) -> Tensor:
         """Return h max|k^|^2 over channel and spatial frequencies."""
-        symbol = circulant.circulant_symbol(self.stencil.detach().double(), GRID, GRID)
+        symbol = circulant.circulant_symbol(self.taps.detach().double(), GRID, GRID)
         return self.step * symbol.abs().square().amax()
 
     @torch.no_grad()
@@ -223,7 +233,7 @@ class RdCirculantOp(ReactionDiffusionOp):
         return _past_the_bound(float(self.amplification()))
 
     @torch.no_grad()
-    def lowerings(self, size: Size) -> tuple[Lowering, ...]:  # noqa: ARG002  # the same at every size
+    def lowerings(self, size: Size, tolerance: float) -> tuple[Lowering, ...]:  # noqa: ARG002  # always exact
         """Return 1x1 convolutions into and out of the channel Fourier basis, depthwise ones between."""
         root = float(self.step) ** 0.5
         couplings = tuple(
@@ -242,7 +252,7 @@ class RdCirculantOp(ReactionDiffusionOp):
         self.register_buffer("analysis", basis, persistent=False)
 
     def _stencils(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        there = circulant.spectral_stencils(self.stencil)
+        there = circulant.spectral_stencils(self.taps)
         return there, circulant.adjoint_stencils(*there)
 
 
