@@ -135,25 +135,23 @@ class _PointBench:
 
 
 def affordable(times: dict[str, float], seconds: float, rounds: int) -> tuple[int, list[Remark]]:
-    """Return how many rounds fit into so many seconds, and the operators to leave out for it, slowest first.
+    """Return how many rounds fit into so many seconds, and what is left out for it, the slowest first.
 
     `times`: seconds of one run of every rival, the dense convolution first. 0 rounds: nothing fits.
     """
     dense, *operators = times
     kept = sorted(operators, key=times.__getitem__)
     left_out: list[Remark] = []
-    while kept:
+    while True:
         run = times[dense] + sum(times[name] for name in kept)
         fitting = int((seconds / run - WARM_UP_RUNS) / (RUNS + 1))
         if fitting >= min(MIN_ROUNDS, rounds):
             return min(fitting, rounds), left_out
         needed = run * ((RUNS + 1) * MIN_ROUNDS + WARM_UP_RUNS)
-        left_out.append(
-            Remark(
-                kept.pop(), f"left out: about {needed:.0f} s with it, more than the {seconds:g} s of a point"
-            )
-        )
-    return 0, left_out
+        too_long = f"would take about {needed:.0f} s, more than the {seconds:g} s of a point"
+        if len(kept) == 1:
+            return 0, [Remark(None, f"left out: with {kept[0]} alone it {too_long}")]
+        left_out.append(Remark(kept.pop(), f"left out: with it the point {too_long}"))
 
 
 def _rivals(shape: Shape, methods: Sequence[Method]) -> tuple[dict[str, nn.Module], list[Remark]]:

@@ -213,7 +213,8 @@ def test_slow_operators_are_left_out_before_the_point_is():
     assert rounds >= 8
     assert [remark.operator for remark in said] == ["slow"]
     rounds, said = affordable({"dense": 3.0, "slow": 9.0, "fast": 0.5}, seconds=100.0, rounds=15)
-    assert (rounds, {remark.operator for remark in said}) == (0, {"slow", "fast"})
+    assert (rounds, [remark.operator for remark in said]) == (0, [None])
+    assert "with fast alone" in said[0].text
 
 
 def test_a_slow_point_gets_fewer_rounds_and_says_so(quick, monkeypatch):
@@ -286,8 +287,6 @@ def test_a_real_sweep_finds_less_work_faster():
     sweep = sweep_operators(options(fixed=Shape(channels=32, size=32), kernel=(3, 9)), rounds=8)[1]
     small, large = (at.speedups["linear_mix"].median for at in sweep.points)
     assert large > small  # the dense convolution grows by 9, the operator by less than 9 / 2
-    dense, operator = sweep.points[1].latencies.values()
-    assert large == pytest.approx(dense.median_ms / operator.median_ms, rel=0.5)
     assert sweep.conditions.runtime == "ONNX Runtime"
 
 
