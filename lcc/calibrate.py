@@ -159,7 +159,8 @@ class _Stream:
         linear = self.operator if self.has_norm and isinstance(self.operator, LinearOp) else None
         start_norms = None if linear is None else linear.weight_norms()
         try:
-            fit = self.operator.fit_(self.statistics)
+            with _own_forward(self.operator):
+                fit = self.operator.fit_(self.statistics)
         except ValueError as error:  # scipy's word for NaN and infinity
             raise DataError(
                 f"the activations at {self.name} are no finite numbers on these images; look at --mean and "
@@ -264,6 +265,17 @@ def _forward_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Itera
     finally:
         del vars(module)["forward"]
         vars(module).update(replaced)
+
+
+@contextmanager
+def _own_forward(module: nn.Module) -> Iterator[None]:
+    """Let the module compute what its class says for a while, within `_forward_as`."""
+    replaced = vars(module).pop("forward", None)
+    try:
+        yield
+    finally:
+        if replaced is not None:
+            vars(module)["forward"] = replaced
 
 
 def _images_at_once(model: nn.Module, images: Tensor) -> int:
