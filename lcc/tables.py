@@ -158,7 +158,7 @@ def _lines(models: Sequence[ModelRow]) -> Iterator[tuple[str, Line]]:
     if any(m.onnx for m in models):
         yield "  p10 to p90", _spread_line(lambda m: (m.onnx, m.onnx_speedup))
     yield (
-        "convolutions converted",
+        "sites converted",
         _plain_line(
             lambda m: (
                 None if m.converted is None or m.kept is None else f"{m.converted} of {m.converted + m.kept}"

@@ -128,7 +128,7 @@ def test_a_model_is_shown_with_its_ratios_to_the_first():
     assert line(text, "size on disk").split() == ["46.75", "MB", "13.31", "MB", f"3.51{TIMES}", "smaller"]
     assert line(text, "top-1").split() == ["69.76", "%", "66.50", "%", "-3.26", "points"]
     assert line(text, "ONNX Runtime").split() == ["25.0", "ms", "7.14", "ms", f"3.50{TIMES}", "faster"]
-    assert line(text, "convolutions converted").split() == ["0", "of", "20", "13", "of", "20"]
+    assert line(text, "sites converted").split() == ["0", "of", "20", "13", "of", "20"]
 
 
 def test_the_conditions_and_the_history_are_below_the_table():
