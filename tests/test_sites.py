@@ -11,6 +11,7 @@ import torch
 import torchvision
 from hosts import (
     GEOMETRIES,
+    Block,
     CalledTwice,
     Chain,
     PreActivation,
@@ -23,6 +24,7 @@ from hosts import (
     assert_same,
     conv3,
     convert_all_,
+    converts,
     photos,
     seeded,
     state_of,
@@ -33,9 +35,12 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from lcc.anatomy import conv_spec
+from lcc.counts import count_macs
 from lcc.errors import SourceError
-from lcc.specs import Size
-from lcc.surgery import conv_spec, find_sites
+from lcc.methods.reaction_diffusion import RdExplicit
+from lcc.specs import Cost, Size
+from lcc.surgery import find_sites, replace_
 
 HOSTS = (TinyResNet, PreActivation, TwoParents, CalledTwice, Tied, TiedAutoencoder, ReadsWeight)
 
@@ -151,6 +156,137 @@ def test_the_stated_output_size_is_the_real_one(options):
 def test_sizes_that_a_host_computed_with_numpy_are_taken():
     conv = nn.Conv2d(np.int64(3), np.int64(3), np.int64(3), padding=np.int64(1)).double()
     assert sites_of(nn.Sequential(conv))["0"].spec.in_channels == 3
+
+
+# Residual steps among them
+
+
+def steps_of(model, x=None):
+    return {name: site for name, site in sites_of(model, x).items() if site.kind == "step"}
+
+
+def step_obstacle(model, name="block"):
+    return steps_of(model.double().eval(), photos(1, channels=4))[name].obstacle
+
+
+class Holds(nn.Module):
+    """A block, and what its host does with it."""
+
+    def __init__(self, run=lambda m, x: m.block(x), block=None):
+        super().__init__()
+        self.block = Block(4) if block is None else block
+        self.run = run
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def test_a_step_comes_before_what_is_inside_it():
+    assert list(sites_of(seeded(TinyResNet))) == [
+        "stem",
+        "layer1",
+        "layer1.conv1",
+        "layer1.conv2",
+        "down",
+        "layer2",
+        "layer2.conv1",
+        "layer2.conv2",
+    ]
+
+
+def test_a_step_has_the_sizes_of_its_inputs_and_no_norm():
+    step = steps_of(seeded(TinyResNet))["layer2"]
+    assert (step.sizes, step.norm, step.obstacle) == ((Size(height=6, width=6),), None, None)
+
+
+def test_a_step_costs_what_its_block_does():
+    model = seeded(TinyResNet)
+    counted = count_macs(model.layer1, torch.zeros(1, 4, 12, 12).double())
+    params = sum(p.numel() for p in model.layer1.parameters())
+    assert steps_of(model)["layer1"].cost() == Cost(params=params, macs=counted.macs)
+
+
+def test_a_block_under_two_parents_is_one_step_with_the_sizes_of_both_calls():
+    shared = Block(4)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)}).double().eval()
+    model.forward = lambda x: model.b(F.avg_pool2d(model.a(x), 2))
+    (step,) = steps_of(model, photos(1, channels=4)).values()
+    assert (step.name, step.aliases, step.obstacle) == ("a.0", ("b.0",), None)
+    assert step.sizes == (Size(height=12, width=12), Size(height=6, width=6))
+
+
+def test_a_converted_step_is_listed_as_one_without_what_was_inside():
+    model = seeded(TinyResNet)
+    replace_(model, converts("layer1", method=RdExplicit()))
+    sites = sites_of(model)
+    assert [name for name in sites if name.startswith("layer1")] == ["layer1"]
+    assert (sites["layer1"].kind, sites["layer1"].obstacle) == ("step", "converted already")
+
+
+def test_a_step_with_a_converted_convolution_in_it_is_refused():
+    model = seeded(TinyResNet)
+    replace_(model, converts("layer1.conv1"))
+    obstacles = {name: site.obstacle for name, site in steps_of(model).items()}
+    assert obstacles == {"layer1": "holds an operator that is converted already", "layer2": None}
+
+
+class AddsInPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = conv3(4)
+
+    def forward(self, x):
+        x += self.conv(x)
+        return x
+
+
+class Scaled(Block):
+    def forward(self, x, scale=None):
+        return super().forward(x if scale is None else x * scale)
+
+
+STEP_OBSTACLES = {
+    "never called": Holds(lambda m, x: x),
+    "as a keyword": Holds(lambda m, x: m.block(x=x)),
+    "something else than one": Holds(lambda m, x: m.block(x, 2.0), Scaled(4)),
+    "called from outside": Holds(lambda m, x: m.block(x) + m.block.conv1(x)),
+    "in place": Holds(lambda m, x: m.block(x.clone()), AddsInPlace()),
+    "is read from outside": Holds(lambda m, x: m.block(x) * m.block.conv1.weight.mean()),
+    "its skip is no identity": Holds(block=torchvision.models.resnet.BasicBlock(
+        4, 4, downsample=nn.Sequential(conv3(4)))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", STEP_OBSTACLES)
+def test_a_step_that_can_not_be_replaced_says_why(words):
+    assert words in step_obstacle(STEP_OBSTACLES[words])
+
+
+def test_a_step_that_shares_a_parameter_with_a_layer_outside_is_refused():
+    host = Holds(lambda m, x: m.other(m.block(x)))
+    host.other = conv3(4)
+    host.other.weight = host.block.conv2.weight
+    assert step_obstacle(host) == "shares a parameter with other"
+
+
+def test_a_step_that_shares_a_layer_with_another_is_refused():
+    host = Holds(lambda m, x: m.second(m.block(x)))
+    host.second = Block(4)
+    host.second.conv1 = host.block.conv1
+    assert step_obstacle(host) == "shares a parameter with second.conv1"
+
+
+def test_two_parameters_tied_inside_a_step_do_not_keep_the_next_one():
+    host = Holds(lambda m, x: m.second(m.block(x)))
+    host.second = Block(4)
+    host.block.conv2.weight = host.block.conv1.weight
+    assert step_obstacle(host, "second") is None
+
+
+def test_a_step_inside_a_step_is_listed_behind_it():
+    outer = Holds(lambda m, x: x + m.block(x))
+    model = nn.Sequential(outer).double().eval()
+    assert list(steps_of(model, photos(1, channels=4))) == ["0", "0.block"]
 
 
 # What can't be replaced, and why
