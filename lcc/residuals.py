@@ -1,14 +1,16 @@
 """Residual steps: modules whose forward is post(x + F(x)) with an identity skip.
 
 Each module is looked at alone: its own code, traced with every child as one node, shows the sum and what
-comes before and after it. `anatomy` says what F is made of.
+comes before and after it. `anatomy` says what F is made of. Last, the trace is run: what it adds must be the
+module's input, bit for bit, and what comes out what the module gives.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from lcc.anatomy import NotAStepError, anatomy, conv_spec, width
 from lcc.specs import Activation, StepSpec
@@ -35,9 +37,13 @@ class Step(NamedTuple):
     obstacle: str | None = None
 
 
-class _Around(NamedTuple):
-    """What is around F: the activation after the sum, and what is wrong with the block's form."""
+SIDE = 6  # of the input on which a trace is checked
 
+
+class _Around(NamedTuple):
+    """What is around F: the node of the skip, the activation after the sum, what is wrong with the form."""
+
+    skip: fx.Node | None = None
     post: Activation | None = None
     obstacle: str | None = None
 
@@ -58,9 +64,12 @@ def residual_step(module: nn.Module) -> Step | None:
         obstacle = _attention(module) or around.obstacle
         if obstacle is None:
             try:
-                return Step(anatomy(module, around.post))
+                spec = anatomy(module, around.post)
+                _check(module, around.skip, spec.channels)
             except NotAStepError as error:
                 obstacle = str(error)
+            else:
+                return Step(spec)
         convs = tuple(conv_spec(m) for m in module.modules() if type(m) is nn.Conv2d)
         return Step(StepSpec(channels=width(module.modules()), convs=convs, post=around.post), obstacle)
 
@@ -83,14 +92,50 @@ def _around(module: nn.Module) -> _Around | None:
     last, post, after = _before_end(graph, modules)
     if not residual:
         words = None if last is None or after else _projection(last, x, modules)
-        return None if words is None else _Around(post, words)
+        return None if words is None else _Around(post=post, obstacle=words)
     if len(residual) > 1 or last is not residual[0]:
         again = [node for node in sums if node is not residual[0] and residual[0] in _before(node)]
         if len(residual) > 1 or again:
             return _Around(obstacle="several residual sums in it, one after the other")
         known = ", ".join(get_args(Activation))
         return _Around(obstacle=f"its sum is followed by {after or 'more'}, and only one of {known} may be")
-    return _Around(post)
+    skip = next(term for term in _terms(last) if source(term, modules) is x)
+    return _Around(skip, post)
+
+
+def _check(module: nn.Module, skip: fx.Node | None, channels: int) -> None:
+    """Run the trace. Raises: NotAStepError: its skip is not what came in, or its result not the module's."""
+    first = next(module.parameters())
+    if skip is None or first.is_meta:
+        return
+    x = torch.linspace(-2, 2, channels * SIDE * SIDE).reshape(1, channels, SIDE, SIDE).to(first)
+    given = x.clone()
+    run = _Watching(module, skip, x)
+    try:
+        got, wanted = run.run(x.clone()), module(given)
+    except Exception as error:
+        raise NotAStepError(f"can't run on its own on an input of {SIDE}x{SIDE}") from error
+    if not run.skips_input:
+        raise NotAStepError("its skip is no identity: the input is changed in place before the sum")
+    if not torch.equal(given, x):
+        raise NotAStepError("changes its input in place")
+    if not torch.allclose(got, wanted, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise NotAStepError("does something that tracing it does not show")
+
+
+class _Watching(fx.Interpreter):
+    """Runs a trace, and looks at the value of the skip where it is added."""
+
+    def __init__(self, module: nn.Module, skip: fx.Node, x: Tensor) -> None:
+        super().__init__(module, graph=skip.graph)
+        self.skip, self.x = skip, x
+        self.skips_input = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Return the value of a node."""
+        if is_sum(n) and self.skip in n.args:
+            self.skips_input = torch.equal(self.env[self.skip], self.x)
+        return super().run_node(n)
 
 
 def _terms(node: fx.Node) -> Iterator[fx.Node]:

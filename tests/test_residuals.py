@@ -214,6 +214,16 @@ class FakeSkip(nn.Module):
         return x + y
 
 
+class AddsInPlace(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Sequential(conv3(4))
+
+    def forward(self, x):
+        x += self.conv(x)
+        return x
+
+
 class OwnScale(Block):
     def __init__(self):
         super().__init__(4)
@@ -292,7 +302,9 @@ REFUSED = {
         Adds(lambda m, _, y: y + m.o(y), o=nn.Sequential(conv3(4), conv3(4)), branch=conv3(4)),
         "its skip starts inside it",
     ),
-    "faked": (FakeSkip(), "with zero weights"),
+    "faked": (FakeSkip(), "changed in place before the sum"),
+    "in place": (AddsInPlace(), "changes its input in place"),
+    "always random": (Adds(lambda _, x, y: x + F.dropout(y)), "tracing it does not show"),
     "two sums": (TwoSums(4), "several residual sums"),
     "sum used twice": (UsesBoth(4), "followed by mul"),
     "two outputs": (Adds(lambda _, x, y: (x + y, y)), "followed by several outputs"),
@@ -431,6 +443,11 @@ def test_a_first_convolution_of_half_the_channels_does_not_hide_the_width():
             return x + self.whole(torch.cat([self.part(x[:, :2]), x[:, 2:]], 1))
 
     assert residual_step(Partial()).spec.channels == 4
+
+
+def test_a_step_inside_a_step_leaves_the_outer_one_one():
+    step = residual_step(Adds(branch=nn.Sequential(Block(4), conv3(4))))
+    assert (step.obstacle, len(step.spec.convs), step.spec.in_a_row) == (None, 3, False)
 
 
 def test_a_step_survives_json():

@@ -1,0 +1,120 @@
+"""What inspecting shows of convolutions, residual steps and what is inside them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from hosts import TinyResNet, convert_all_, converts, seeded
+
+from lcc.counts import count_macs, count_params
+from lcc.inspection import Inspection, inspection, inspection_sheet
+from lcc.methods.linear_mix import LinearMix
+from lcc.methods.reaction_diffusion import RdExplicit
+from lcc.plan import Rule, make_plan
+from lcc.specs import Cost
+from lcc.surgery import find_sites, replace_
+
+X = torch.randn(1, 3, 64, 64)
+
+
+def inspected(model, method, x=X, rules=None):
+    sites = find_sites(model, x)
+    return inspection(
+        "net",
+        random_weights=True,
+        image_size=tuple(x.shape[2:]),
+        total=Cost(params=count_params(model), macs=count_macs(model, x).macs),
+        sites=sites,
+        method=method,
+        plan=None if rules is None else make_plan(sites, rules),
+    )
+
+
+def counts(value):
+    return [line for line in inspection_sheet(value).notes if " of " in line and "MACs" not in line][:2]
+
+
+def shown(value, site):
+    rows = inspection_sheet(value).rows
+    return next([cell.text for cell in row] for row in rows if row[0].text.strip() == site)
+
+
+@pytest.mark.parametrize("method", [LinearMix(), RdExplicit()], ids=str)
+def test_the_ceiling_is_what_converting_everything_gives(method):
+    model = torchvision.models.resnet18()
+    value = inspected(model, method)
+    convert_all_(model, X, method)
+    assert value.after == Cost(params=count_params(model), macs=count_macs(model, X).macs)
+
+
+def test_the_ceiling_counts_a_step_inside_a_step_once():
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torchvision.models.resnet.BasicBlock(16, 16)
+
+        def forward(self, x):
+            return x + self.inner(x)
+
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), Outer()).eval()
+    value = inspected(model, RdExplicit())
+    assert [row.site.name for row in value.rows if row.after] == ["1"]
+    assert value.addressable.params == count_params(model[1])
+
+
+def test_the_totals_name_each_kind():
+    model = torchvision.models.resnet18()
+    assert counts(inspected(model, LinearMix())) == [
+        "13 of 20 convolutions can be converted",
+        "5 of 8 residual steps are open to other methods: see `lcc methods`",
+    ]
+    value = inspected(model, RdExplicit())
+    assert "5 of 8 residual steps can be converted" in inspection_sheet(value).notes
+    assert "convolutions: only where a rule spells a name out" in inspection_sheet(value).notes
+
+
+def test_a_plan_counts_the_kinds_that_it_converts():
+    rules = (Rule(match=("layer1",), method=RdExplicit()), Rule(match=("*",), method=LinearMix()))
+    value = inspected(seeded(TinyResNet).float(), LinearMix(), rules=rules)
+    assert counts(value) == [
+        "2 of 6 convolutions would be converted",
+        "1 of 2 residual steps would be converted",
+    ]
+
+
+def test_what_is_inside_a_converted_step_is_indented_and_left_to_it():
+    value = inspected(seeded(TinyResNet).float(), RdExplicit())
+    names = [row[0].text for row in inspection_sheet(value).rows]
+    assert names[:4] == ["stem", "layer1", "  layer1.conv1", "  layer1.conv2"]
+    assert shown(value, "layer1")[-1] == "rd_explicit"
+    assert shown(value, "layer1.conv1")[-1] == ""
+
+
+def test_a_block_that_nothing_can_take_shows_why_and_no_cost():
+    cells = shown(inspected(torchvision.models.resnet18(), RdExplicit()), "layer2.0")
+    assert cells[3:] == ["—", "—", "—", "dense: its skip is no identity: Conv2d, BatchNorm2d"]
+
+
+def test_a_converted_step_shows_what_its_operator_costs():
+    model = seeded(TinyResNet).float()
+    replace_(model, converts("layer1", method=RdExplicit()))
+    row = next(
+        row
+        for row in inspection(
+            "net",
+            random_weights=True,
+            image_size=(64, 64),
+            total=Cost(params=1, macs=1),
+            sites=find_sites(model, X),
+            method=LinearMix(),
+            done={"layer1": RdExplicit()},
+        ).rows
+        if row.site.name == "layer1"
+    )
+    assert row.before.params == count_params(model.layer1)
+
+
+def test_an_inspection_survives_json():
+    value = inspected(seeded(TinyResNet).float(), RdExplicit())
+    assert Inspection.model_validate_json(value.model_dump_json()) == value
