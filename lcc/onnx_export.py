@@ -15,7 +15,7 @@ from onnxscript import ir
 from lcc import __version__
 from lcc.errors import CheckFailedError, RecipeError
 from lcc.onnx_channels import split_multipliers
-from lcc.onnx_graph import drop_unused, fold_batch_norms, order_sums, strip
+from lcc.onnx_graph import drop_unused, fold_batch_norms, order_sums, share_constants, strip
 from lcc.onnx_padding import is_wrap, wraps_as_convs
 from lcc.onnx_runtime import first_line
 
@@ -64,6 +64,7 @@ def export_graph(
     wraps_as_convs(model)
     _check_opset(model, opset)
     drop_unused(model)
+    share_constants(model)
     strip(model)
     model.producer_name, model.producer_version = "lcc", __version__
     return model

@@ -7,6 +7,7 @@ come first in the sum. Both keep the function; only rounding changes.
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -162,6 +163,22 @@ def drop_unused(model: ir.Model) -> None:
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del model.graph.initializers[name]
+
+
+def share_constants(model: ir.Model) -> int:
+    """Keep equal initializers once, such as the Fourier bases of many layers; return how many went."""
+    kept: dict[tuple[object, ...], ir.Value] = {}
+    shared = 0
+    for name, value in list(model.graph.initializers.items()):
+        array = there(constant(value))
+        key = (array.dtype.str, array.shape, hashlib.sha256(np.ascontiguousarray(array)).digest())
+        first = kept.setdefault(key, value)
+        if first is value or value.is_graph_output():
+            continue
+        value.replace_all_uses_with(first)
+        del model.graph.initializers[name]
+        shared += 1
+    return shared
 
 
 def strip(model: ir.Model) -> None:

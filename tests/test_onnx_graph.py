@@ -1,7 +1,15 @@
 import numpy as np
 from onnx_graphs import make, op_types, outputs
 
-from lcc.onnx_graph import drop_unused, fold_batch_norms, groups_of, order_sums, sum_terms, to_half
+from lcc.onnx_graph import (
+    drop_unused,
+    fold_batch_norms,
+    groups_of,
+    order_sums,
+    share_constants,
+    sum_terms,
+    to_half,
+)
 
 SUM = """(float[N,4,6,6] x) => (float[N,4,6,6] y) {
     spatial = Conv<group=4, pads=[1,1,1,1]>(x, dw)
@@ -106,3 +114,17 @@ def test_half_precision_leaves_the_scales_of_a_resize_alone():
     model = make(text, scales=np.array([1, 1, 2, 2], np.float32))
     to_half(model)
     assert outputs(model)[0].shape == (2, 4, 12, 12)
+
+
+def test_equal_constants_are_kept_once_and_others_are_not_touched():
+    text = """(float[N,4,6,6] x) => (float[N,4,6,6] y) {
+        a = Conv(x, first)
+        b = Conv(a, second)
+        y = Conv(b, other)
+    }"""
+    kernel = np.random.default_rng(1).standard_normal((4, 4, 1, 1)).astype(np.float32)
+    model = make(text, first=kernel, second=kernel.copy(), other=kernel + 1)
+    wanted = outputs(model)
+    assert share_constants(model) == 1
+    assert sorted(model.graph.initializers) == ["first", "other"]
+    np.testing.assert_array_equal(outputs(model), wanted)
