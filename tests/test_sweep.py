@@ -16,9 +16,12 @@ from timm.models import list_models as timm_names
 from torch import nn
 
 from lcc.calibrate import calibrate_
+from lcc.counts import count_macs
 from lcc.errors import NothingToConvertError
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.reaction_diffusion import RdExplicit
 from lcc.plan import make_plan, rules_for
+from lcc.specs import Cost
 from lcc.surgery import find_sites, replace_
 
 pytestmark = [pytest.mark.zoo, pytest.mark.timeout(600)]
@@ -131,7 +134,10 @@ def sweep(model, x):
     wanted, before = shapes(model(x)), fingerprint(model)
     sites = find_sites(model, x)
     assert fingerprint(model) == before
-    assert {s.name for s in sites} == {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    convs = {s.name for s in sites if s.kind == "conv"}
+    assert convs == {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    steps_cost_what_they_do(model, sites)
+    runs_without_its_steps(model, x, sites)
     expected = expected_sites(model, x)
     try:
         plan = make_plan(sites, rules_for(EVERYTHING))
@@ -143,6 +149,28 @@ def sweep(model, x):
     assert originals.keys() == expected
     assert shapes(model(x)) == wanted
     return len(originals)
+
+
+def steps_cost_what_they_do(model, sites):
+    for site in sites:
+        if site.kind == "step" and site.obstacle is None:
+            block, size = model.get_submodule(site.name), site.sizes[0]
+            counted = count_macs(block, torch.zeros(1, site.spec.channels, size.height, size.width))
+            params = sum(p.numel() for p in block.parameters())
+            assert site.spec.cost(size) == Cost(params=params, macs=counted.macs)
+            assert not counted.uncounted
+
+
+@torch.no_grad()
+def runs_without_its_steps(model, x, sites):
+    """Replace every residual step of a copy, and run it."""
+    try:
+        plan = make_plan(sites, rules_for(RdExplicit(kernel_size=3)))
+    except NothingToConvertError:
+        return
+    converted = copy.deepcopy(model)
+    replace_(converted, plan)
+    assert shapes(converted(x)) == shapes(model(x))
 
 
 def test_the_lists_name_what_there_is():
@@ -161,6 +189,42 @@ def test_torchvision(name):
 def test_timm(name):
     sweep(*timm_model(name))
     gc.collect()
+
+
+# Blocks with an identity skip, and blocks in all, by the architectures' depths.
+STEPS = {
+    "resnet18": (5, 8),
+    "resnet26t": (4, 8),
+    "resnet50_gn": (12, 16),
+    "resnetaa50": (12, 16),
+    "seresnet50": (12, 16),
+    "resnext50_32x4d": (12, 16),
+    "resnetv2_50": (12, 16),
+    "regnety_004": (12, 16),
+    "regnetx_080": (19, 23),
+    "darknet53": (23, 23),
+    "efficientnet_b0": (9, 9),
+    "mobilenetv2_100": (10, 10),
+    "coatnet_0_224": (3, 12),
+    "botnet26t_256": (2, 8),
+    "vit_tiny_patch16_dinov3_qkvb": (0, 12),
+    "convmixer_768_32": (32, 32),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_as_many_steps_are_found_as_the_architecture_has(name):
+    blocks = [site for site in find_sites(*timm_model(name)) if site.kind == "step"]
+    assert (sum(site.obstacle is None for site in blocks), len(blocks)) == STEPS[name]
+
+
+@pytest.mark.parametrize(("name", "dearer"), [("convmixer_768_32", 32), ("resnet50_gn", 2)])
+def test_steps_that_would_be_dearer_are_refused(name, dearer):
+    # A ConvMixer's residual holds its depthwise convolution alone, and the 256-channel bottlenecks of a
+    # ResNet-50 256 * 64 + 9 * 64 * 64 + 64 * 256 MACs a pixel against 256 * 256 + 18 * 256.
+    sites = find_sites(*timm_model(name))
+    reasons = [site.why_not(RdExplicit()) or "" for site in sites if site.kind == "step"]
+    assert sum("would not be cheaper" in reason for reason in reasons) == dearer
 
 
 def norms_of_graph(model):
