@@ -171,7 +171,7 @@ def share_constants(model: ir.Model) -> int:
     shared = 0
     for name, value in list(model.graph.initializers.items()):
         array = there(constant(value))
-        key = (array.dtype.str, array.shape, hashlib.sha256(np.ascontiguousarray(array)).digest())
+        key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
         first = kept.setdefault(key, value)
         if first is value or value.is_graph_output():
             continue

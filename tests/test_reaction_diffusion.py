@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from functools import cache
 
@@ -51,6 +52,7 @@ def operator(method, spec=None, *, seed=0):
 def without_reaction(method, stencil):
     op = method.build(step(len(stencil))).double().eval()
     op.project_(nn.Identity())
+    nn.init.zeros_(op.norm.bias)  # the reaction off
     op.stencil.copy_(stencil * root_of_sum(op))
     return op
 
@@ -144,7 +146,7 @@ REFUSED = [
     (conv(padding=(2, 1)), "padding changes the size"),
     (conv(padding=(2, 2), dilation=(2, 2)), "dilated"),
     (conv(padding="same", dilation=(1, 2)), "dilated"),
-    (conv(padding_mode="reflect"), "padded with zeros"),
+    (conv(padding_mode="reflect"), "padded by reflect"),
     (conv(kernel=(3, 4), padding="same"), "even kernel 3x4"),
     (step(kernel=(4, 4)), "even kernel 4x4"),
 ]
@@ -332,6 +334,7 @@ def test_the_linear_part_of_an_implicit_step_has_a_spectral_radius_of_at_most_on
     method = RdImplicit(step=h, stiffness=stiffness)
     op = method.build(step(1, kernel)).double().eval()
     op.project_(nn.Identity())
+    nn.init.zeros_(op.norm.bias)  # the reaction off
     with torch.no_grad():
         op.stencil.copy_(scale * random(1, *kernel, seed=seed))
         units = torch.eye(20, dtype=torch.float64).reshape(20, 1, 4, 5)
@@ -531,8 +534,24 @@ def test_the_start_without_images_is_the_identity_up_to_a_little_diffusion(metho
     x = random(2, 4, 6, 5, seed=1)
     with torch.no_grad():
         off = np.linalg.norm(op(x).numpy() - POST[post](x.numpy()))
-    cap = getattr(method, "stiffness", None) or 0.0501
-    assert 0 < off <= cap * float(x.norm())
+        reaction = float((op.step * op.reaction(x)).norm())
+    assert 0 < off <= 0.0501 * float(x.norm()) + reaction
+    assert reaction == pytest.approx(0.01 * method.step * x.numel() ** 0.5)
+
+
+@pytest.mark.parametrize("method", EVERY, ids=str)
+def test_every_parameter_can_be_trained_from_the_start_without_images(method):
+    op = operator(method, step(4))
+    op.project_(nn.Identity())
+    before = copy.deepcopy(op.state_dict())
+    op.train()
+    optimizer = torch.optim.SGD(op.parameters(), lr=0.1)
+    x = random(4, 4, 6, 5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (op(x) - 2 * x).square().mean().backward()
+        optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in op.named_parameters())
 
 
 @pytest.mark.parametrize("method", EVERY, ids=str)
@@ -647,6 +666,7 @@ def test_a_fit_is_reproducible(method):
 def test_a_fit_to_what_is_unstable_stays_inside_the_bound(method):
     op = operator(method, step(2), seed=3)
     op.project_(nn.Identity())
+    nn.init.zeros_(op.norm.bias)  # the reaction off
     with torch.no_grad():
         op.stencil.mul_((2 / op.amplification()).sqrt())  # it starts at the bound
     sharpened = without_reaction(method, random(2, 3, 3, seed=6))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lcc.ops import regression
-from lcc.ops.regression import Activations, error_of, estimate_norms_, regress_
+from lcc.ops.regression import Activations, error_of, estimate_norm_, regress_
 
 
 def random(*shape, seed=0):
@@ -201,6 +201,7 @@ def test_norms_end_with_the_statistics_of_all_samples_and_their_own_momentum():
     module[1].momentum = 0.3
     x = random(30, 3, 4, 4) + 2
     regress_(module, [(x, x)], after_step=nothing, steps=5)
+    estimate_norm_(module, module[1], [(x, x)])
     weight, bias = (part.detach().numpy() for part in module[0].parameters())
     seen = np.einsum("ij,njhw->inhw", weight[:, :, 0, 0], x.numpy()).reshape(3, -1) + bias[:, None]
     np.testing.assert_allclose(module[1].running_mean, seen.mean(1), rtol=1e-10)
@@ -211,18 +212,21 @@ def test_norms_end_with_the_statistics_of_all_samples_and_their_own_momentum():
 def test_norm_statistics_are_taken_over_all_chunks():
     module = nn.Sequential(nn.BatchNorm2d(2)).double()
     module[0].running_mean.fill_(100)
-    x = random(4 * regression.CHUNK, 2, 3, 3) * 3 + 1
-    estimate_norms_(module, [(x, x)])
-    np.testing.assert_allclose(module[0].running_mean, x.mean((0, 2, 3)), rtol=1e-10)
-    # Of each chunk about its own mean: a little less than about the common one.
-    np.testing.assert_allclose(module[0].running_var, x.var((0, 2, 3)), rtol=0.02)
+    x = random(2 * regression.CHUNK + 1, 2, 3, 3) * 3 + 1
+    x[-1] += 30
+    y = random(3, 2, 5, 4)
+    estimate_norm_(module, module[0], [(x, x), (y, y)])
+    values = torch.cat([x.transpose(0, 1).flatten(1), y.transpose(0, 1).flatten(1)], dim=1)
+    np.testing.assert_allclose(module[0].running_mean, values.mean(1), rtol=1e-10)
+    np.testing.assert_allclose(module[0].running_var, values.var(1), rtol=1e-10)
     assert not module[0].training
 
 
 def test_norm_statistics_do_not_change_parameters():
     module = network()
     before = copy.deepcopy(list(module.parameters()))
-    estimate_norms_(module, [(random(8, 3, 4, 4), random(8, 3, 4, 4))])
+    norm = next(m for m in module.modules() if isinstance(m, nn.BatchNorm2d))
+    estimate_norm_(module, norm, [(random(8, 3, 4, 4), random(8, 3, 4, 4))])
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True))
 
 

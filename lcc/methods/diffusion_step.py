@@ -16,12 +16,13 @@ from torch.nn import functional as F
 
 from lcc.methods.base import Fit, LowCostOp, Method, SiteKind, Spec
 from lcc.methods.lowered_steps import Reaction
-from lcc.ops.regression import Activations, error_of, estimate_norms_, regress_
+from lcc.ops.regression import Activations, error_of, estimate_norm_, regress_
 from lcc.specs import ConvSpec, Cost, Size, StepSpec
 
 if TYPE_CHECKING:
     from lcc.methods.base import Statistics
 
+REACTION_START = 1e-2
 START_GAIN = 0.05  # h max|k^|^2 of a start's stencil, about: small, but not zero, where K^T K has no gradient
 
 
@@ -36,7 +37,9 @@ class ReactionDiffusion(Method):
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({"step", "conv"})
     by_name_only: ClassVar[frozenset[SiteKind]] = frozenset({"conv"})
 
-    step: float = Field(default=1.0, gt=0, description="h, the length of the step in time")
+    step: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="h, the length of the step in time"
+    )
     learn_step: bool = Field(default=False, description="train h too, as a positive number")
     kernel_size: int | None = Field(
         default=None, ge=3, description="of K; default: the original's, at least 3"
@@ -91,8 +94,10 @@ def _why_no_step(spec: ConvSpec) -> str | None:
     probe = Size(height=2 * max(spec.kernel_size) + 1, width=2 * max(spec.kernel_size) + 1)
     if spec.out_size(probe) != probe:
         return "its padding changes the size, and a step keeps it"
-    if spec.dilation != (1, 1) or spec.padding_mode != "zeros":
-        return "dilated, or not padded with zeros"
+    if spec.dilation != (1, 1):
+        return f"dilated by {spec.dilation[0]}x{spec.dilation[1]}, and K is not"
+    if spec.padding_mode != "zeros":
+        return f"padded by {spec.padding_mode}, and a step has its own boundary"
     return None
 
 
@@ -118,7 +123,8 @@ class ReactionDiffusionOp(LowCostOp):
         else:
             self.fixed_step = method.step
         nn.init.kaiming_normal_(self.mix.weight)
-        self.start_stencil_()
+        nn.init.normal_(self.stencil)
+        self._diffuse_little_()
 
     @property
     def bias(self) -> None:
@@ -140,23 +146,23 @@ class ReactionDiffusionOp(LowCostOp):
         return Reaction(self.mix.weight.detach(), self.norm, float(self.step))
 
     @torch.no_grad()
-    def start_stencil_(self) -> None:
-        """Draw a stencil that diffuses a little: h max|k^|^2 is about START_GAIN."""
-        nn.init.normal_(self.stencil)
-        self.stencil.div_((self.amplification() / START_GAIN).sqrt().to(self.stencil))
+    def _diffuse_little_(self) -> None:
+        """Scale the stencil so that h max|k^|^2 is START_GAIN."""
+        self.stencil.mul_((START_GAIN / self.amplification(self.stencil)).sqrt().to(self.stencil))
 
     @abstractmethod
-    def amplification(self) -> Tensor:
-        """Return h max|k^|^2 over all frequencies: the largest eigenvalue of h K^T K."""
+    def amplification(self, stencil: Tensor | None = None) -> Tensor:
+        """Return h max|k^|^2, the largest eigenvalue of h K^T K; of `stencil`, or of the one in use."""
 
     @torch.no_grad()
     def project_(self, original: nn.Module) -> Fit:  # noqa: ARG002  # nothing in its weights says what relu did
-        """Take on the stated start: the identity up to a little diffusion, the reaction switched off by N.
+        """Take on the stated start: the identity up to a little diffusion, the reaction all but off.
 
-        The error is not known.
+        N gives REACTION_START everywhere: at zero, relu lets no gradient through. The error is not known.
         """
+        self._diffuse_little_()
         nn.init.zeros_(self.norm.weight)
-        nn.init.zeros_(self.norm.bias)
+        nn.init.constant_(self.norm.bias, REACTION_START)
         self.norm.reset_running_stats()
         return Fit(how="weights")
 
@@ -171,14 +177,26 @@ class ReactionDiffusionOp(LowCostOp):
             raise TypeError("these statistics were made by another kind of operator")
         fitted, held_out = statistics.split()
         start_error = error_of(self, held_out)
+        found = [(start_error, self._weights())]
         self._start_(fitted)
-        regress_(self, fitted, after_step=self.restrain_)
-        return Fit(
-            how="data",
-            start_error=start_error,
-            relative_error=error_of(self, held_out),
-            samples=sum(len(x) * x.shape[2] * x.shape[3] for x, _ in (*fitted, *held_out)),
+        found.append((error_of(self, held_out), self._weights()))
+        unit = self._output_size(fitted)
+        regress_(
+            self, fitted, after_step=self.restrain_, units={self.norm.weight: unit, self.norm.bias: unit}
         )
+        estimate_norm_(self, self.norm, fitted)
+        found.append((error_of(self, held_out), self._weights()))
+        error, weights = min(found, key=lambda pair: pair[0])  # what training did not improve on is kept
+        self.load_state_dict(weights)
+        return Fit(how="data", start_error=start_error, relative_error=error, samples=statistics.positions)
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
+    def _output_size(self, samples: list[tuple[Tensor, Tensor]]) -> float:
+        """Return the root mean square of the wanted outputs, over h: the size of N's affine part."""
+        squares = sum(float(y.double().square().sum()) for _, y in samples)
+        return (squares / sum(y.numel() for _, y in samples)) ** 0.5 / float(self.step) or 1.0
 
     def restrain_(self) -> None:
         """Bring the parameters back to where the step is stable."""
@@ -189,14 +207,14 @@ class ReactionDiffusionOp(LowCostOp):
         added = torch.cat([(y - x).movedim(1, -1).flatten(0, -2) for x, y in samples])
         x, mean = x - x.mean(0), added.mean(0)
         moments = x.T @ x
-        ridge = 1e-2 * moments.diagonal().mean()
+        ridge = 1e-2 * moments.diagonal().mean() + torch.finfo(moments.dtype).tiny
         matrix = torch.linalg.solve(
             moments + ridge * torch.eye(len(moments)).to(moments), x.T @ (added - mean)
         ).T
         self.mix.weight.copy_(matrix[:, :, None, None])
         self.norm.weight.copy_((x @ matrix.T).std(0) / self.step)
         self.norm.bias.copy_(mean / self.step)
-        estimate_norms_(self, samples)
+        estimate_norm_(self, self.norm, samples)
 
 
 def _norm_options(spec: StepSpec) -> dict[str, Any]:

@@ -65,9 +65,9 @@ class RdExplicitOp(ReactionDiffusionOp):
         diffused = depthwise_adjoint(depthwise(x, self.stencil), self.stencil)
         return activate(x + self.step * (self.reaction(x) - diffused), self.post)
 
-    def amplification(self) -> Tensor:
+    def amplification(self, stencil: Tensor | None = None) -> Tensor:
         """Return h max|k^|^2 over channels and frequencies."""
-        return self.step * gain(self.stencil).amax()
+        return self.step * gain(self.stencil if stencil is None else stencil).amax()
 
     @torch.no_grad()
     def restrain_(self) -> None:
@@ -131,9 +131,9 @@ class RdImplicitOp(ReactionDiffusionOp):
         bound = self.step * self.stencil.abs().sum((1, 2), keepdim=True).square()
         return self.stencil * (self.stiffness / bound.clamp_min(self.stiffness)).sqrt()
 
-    def amplification(self) -> Tensor:
+    def amplification(self, stencil: Tensor | None = None) -> Tensor:
         """Return h max|k^|^2 over channels and frequencies."""
-        return self.step * gain(self.capped_stencil()).amax()
+        return self.step * gain(self.capped_stencil() if stencil is None else stencil).amax()
 
     @torch.no_grad()
     def restrain_(self) -> None:
@@ -217,9 +217,10 @@ class RdCirculantOp(ReactionDiffusionOp):
             z = circulant.apply(z, *stencils, padding=_same(stencils[0]))
         return F.conv2d(z, self.analysis.transpose(0, 1))
 
-    def amplification(self) -> Tensor:
+    def amplification(self, stencil: Tensor | None = None) -> Tensor:
         """Return h max|k^|^2 over channel and spatial frequencies."""
-        symbol = circulant.circulant_symbol(self.taps.detach().double(), GRID, GRID)
+        taps = (self.stencil if stencil is None else stencil).detach() / self.channels**0.5
+        symbol = circulant.circulant_symbol(taps.double(), GRID, GRID)
         return self.step * symbol.abs().square().amax()
 
     @torch.no_grad()

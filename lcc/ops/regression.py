@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lcc.ops.fit import relative_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
 Samples = tuple[Tensor, Tensor]  # inputs and wanted outputs, (N, C, H, W) each
 
@@ -35,15 +34,27 @@ class Activations:
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Take in (N, C, H, W) inputs and outputs."""
         room = (MAX_NUMBERS - self._kept) // inputs[0].numel()
+        if room == 0:
+            return
         x, y = inputs[:room].detach().clone(), outputs[:room].detach().clone()
         self._kept += x.numel()
         self._calls.setdefault(inputs.shape[2:], []).append((x, y))
 
+    @property
+    def positions(self) -> int:
+        """How many pixels were taken in, over all images."""
+        return sum(x.numel() // x.shape[1] for calls in self._calls.values() for x, _ in calls)
+
     def split(self) -> tuple[list[Samples], list[Samples]]:
-        """Return what to fit to and what to judge by, one entry per size; the same if images are few."""
+        """Return what to fit to and what to judge by, one entry per size; the same if images are few.
+
+        Raises: ValueError: there are numbers that are not finite.
+        """
         fitted, held_out = [], []
         for calls in self._calls.values():
             x, y = (torch.cat(part) for part in zip(*calls, strict=True))
+            if not bool(x.isfinite().all() and y.isfinite().all()):
+                raise ValueError("activations are not finite")
             chosen = torch.arange(1, len(x) + 1, device=x.device) % HELD_OUT_EVERY == 0
             fitted.append((x[~chosen], y[~chosen]))
             held_out.append((x[chosen], y[chosen]))
@@ -61,18 +72,23 @@ def regress_(
     samples: list[Samples],
     *,
     after_step: Callable[[], None],
+    units: Mapping[nn.Parameter, float] | None = None,
     steps: int = STEPS,
     seed: int = 0,
 ) -> None:
     """Fit the module's parameters to the samples by Adam on the squared error.
 
-    BatchNorms use the batch's statistics meanwhile, and have those of all samples at the end. `after_step`
-    brings parameters back to where they may be. The module is left in eval mode.
+    BatchNorms use the batch's statistics meanwhile. `after_step` brings parameters back to where they may
+    be. `units` are the sizes of parameters that are measured in those of the outputs, others being plain
+    numbers: the result then does not depend on the scale. The module is left in eval mode.
     """
     scale = float(sum(y.double().square().sum() for _, y in samples)) / sum(y.numel() for _, y in samples)
     gradients = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     module.requires_grad_(True).train()
-    optimizer = torch.optim.Adam(module.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam(
+        [{"params": [p], "lr": LEARNING_RATE * (units or {}).get(p, 1.0)} for p in module.parameters()],
+        eps=1e-30,
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
     )
@@ -85,22 +101,32 @@ def regress_(
             after_step()
     for parameter, wanted in gradients:
         parameter.requires_grad_(wanted).grad = None
-    estimate_norms_(module, samples)
+    module.eval()
 
 
 @torch.no_grad()
-def estimate_norms_(module: nn.Module, samples: list[Samples]) -> None:
-    """Give the module's BatchNorms the statistics of all inputs; the module is left in eval mode."""
-    norms = [(norm, norm.momentum) for norm in module.modules() if isinstance(norm, _BatchNorm)]
-    for norm, _ in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the chunks
-    module.train()
+def estimate_norm_(module: nn.Module, norm: nn.BatchNorm2d, samples: list[Samples]) -> None:
+    """Give the module's one BatchNorm the statistics of all inputs; the module is left in eval mode."""
+    running_mean, running_var = norm.running_mean, norm.running_var
+    assert running_mean is not None
+    assert running_var is not None
+    total, squares, count = (torch.zeros_like(running_mean, dtype=torch.float64) for _ in range(3))
+
+    def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].double()
+        total.add_(values.sum((0, 2, 3)))
+        squares.add_(values.square().sum((0, 2, 3)))
+        count.add_(values.numel() // values.shape[1])
+
+    module.eval()
+    handle = norm.register_forward_pre_hook(see)
     for x, _ in _chunks(samples):
         module(x)
-    for norm, momentum in norms:
-        norm.momentum = momentum
-    module.eval()
+    handle.remove()
+    mean = total / count
+    variance = (squares / count - mean.square()).clamp_min(0) * count / (count - 1).clamp_min(1)
+    running_mean.copy_(mean)
+    running_var.copy_(variance)
 
 
 @torch.no_grad()
@@ -121,6 +147,8 @@ def _batches(samples: list[Samples], steps: int, seed: int) -> Iterator[Samples]
         x, y = samples[step % len(samples)]
         count = max(4, POSITIONS // (x.shape[2] * x.shape[3]))
         chosen = torch.randperm(len(x), generator=generator)[:count].to(x.device)
+        if len(chosen) * x.shape[2] * x.shape[3] == 1:
+            chosen = chosen.repeat(2)  # a BatchNorm wants two values
         yield x[chosen], y[chosen]
 
 
