@@ -9,6 +9,7 @@ from small_data import idx_data
 from lcc import pipeline
 from lcc.comparison import BenchOptions
 from lcc.errors import RecipeError
+from lcc.export import Exported, Parity
 from lcc.methods.linear_mix import LinearMix
 from lcc.network import sites_of
 from lcc.plan import Rule
@@ -129,3 +130,24 @@ def test_the_demo_keeps_most_of_the_accuracy_and_leaves_its_files(tmp_path):
     assert tuned.macs < original.macs / 4
     names = {path.name for path in (tmp_path / "demo").iterdir()}
     assert names == {"model", "model.onnx", "report.md"}
+
+
+def test_what_was_exported_says_apart_what_lowering_and_what_onnx_runtime_changed():
+    exported = Exported(
+        path="model.onnx",
+        size_bytes=1_500_000,
+        opset=20,
+        half=False,
+        tolerance=1e-4,
+        parity=tuple(Parity(batch=n, relative_error=n * 1e-6, top1_agreement=1.0) for n in (1, 3)),
+        lowered={"layer1.0": "a 7x7 stencil"},
+        lowering_error=2e-4,
+    )
+    line, *sites = pipeline.exported_lines(exported)
+    assert "from the lowered network in torch by at most 3e-06" in line
+    assert line.endswith("and that from the exact network by 2e-04")
+    assert sites == ["layer1.0: a 7x7 stencil"]
+    exact = exported.model_copy(update={"lowered": {}, "lowering_error": None})
+    assert pipeline.exported_lines(exact) == (
+        line.replace("the lowered network in ", "").partition(", and")[0],
+    )
