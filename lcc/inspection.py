@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from lcc.timing import Latency, Speedup
 
 
+SYMBOLS = (
+    "c channels, k the kernel's side, g the group size, n pixels; MACs of one image; N a BatchNorm",
+    "dense: params k^2 c^2; MACs n k^2 c^2. A residual step has two such convolutions",
+    "rfft(n) is 1.25 n log2 n MACs, half of what a complex Fourier transform counts",
+)
+
+
 class SiteRow(Frozen):
     """A site, its cost in the network as it is, and what a method would make of it.
 
@@ -130,14 +137,19 @@ def methods_sheet(methods: Mapping[str, type[Method]]) -> Sheet:
             )
             for name, kind in methods.items()
         ),
-        notes=tuple(
-            f"{name}.{key}: {field.description}"
-            for name, kind in methods.items()
-            for key, field in kind.model_fields.items()
-            if key != "name"
-        ),
+        notes=(*SYMBOLS, *_hyperparameter_notes(methods)),
         left=(0, 1, 2, 3),
     )
+
+
+def _hyperparameter_notes(methods: Mapping[str, type[Method]]) -> list[str]:
+    """Return what every hyperparameter means; methods that share one share a line."""
+    owners: dict[tuple[str, str | None], list[str]] = {}
+    for name, kind in methods.items():
+        for key, field in kind.model_fields.items():
+            if key != "name":
+                owners.setdefault((key, field.description), []).append(name)
+    return [f"{key} ({', '.join(names)}): {text}" for (key, text), names in owners.items()]
 
 
 def bench_sheet(bench: Bench) -> Sheet:

@@ -17,6 +17,7 @@ Source: arXiv:1805.07821, section 4. Its text leaves some things open; they are 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING
@@ -146,7 +147,7 @@ STEPS: dict[str, Make] = {
     "mobilenet": MobileNetStep,
     "linear_mix": partial(ResidualStep, make=_linear_mix),
     "rd_explicit": partial(_diffusing, method=RdExplicit()),
-    "rd_implicit": partial(_diffusing, method=RdImplicit(stiffness=None)),
+    "rd_implicit": partial(_diffusing, method=RdImplicit(stiffness=math.inf)),
     "rd_circulant": _circulant,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -85,7 +86,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "rd_implicit": (
         *(Case(RdImplicit(), spec) for spec in STEPS),
         Case(RdImplicit(step=0.5, learn_step=True, kernel_size=5), step(3, post="relu")),
-        Case(RdImplicit(stiffness=None), step(3, post="relu")),
+        Case(RdImplicit(stiffness=math.inf), step(3, post="relu")),
         Case(RdImplicit(), conv(4, padding=(1, 1))),
     ),
     "rd_circulant": (
@@ -112,7 +113,7 @@ METHOD_STRATEGIES = {
     ),
     "circulant": st.just(Circulant()),
     "rd_explicit": st.builds(RdExplicit, learn_step=st.booleans(), kernel_size=KERNELS),
-    "rd_implicit": st.builds(RdImplicit, stiffness=st.sampled_from([None, 0.1]), kernel_size=KERNELS),
+    "rd_implicit": st.builds(RdImplicit, stiffness=st.sampled_from([math.inf, 0.1]), kernel_size=KERNELS),
     "rd_circulant": st.builds(
         RdCirculant, boundary=st.sampled_from(["zeros", "periodic"]), kernel_size=KERNELS
     ),

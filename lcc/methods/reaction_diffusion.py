@@ -7,6 +7,7 @@ Source: arXiv:1805.07821, eqs. (9), (11) and (12).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -96,8 +97,10 @@ class RdImplicit(ReactionDiffusion):
     )
 
     name: Literal["rd_implicit"] = "rd_implicit"
-    stiffness: float | None = Field(
-        default=0.3, gt=0, description="cap on h max|k^|^2: small ones solve by short stencils; none: no cap"
+    stiffness: float = Field(
+        default=0.3,
+        gt=0,
+        description="cap on h max|k^|^2: the smaller, the shorter the stencil that solves; inf: no cap",
     )
 
     def diffusion_macs(self, channels: int, kernel: tuple[int, int], size: Size) -> int:  # noqa: ARG002
@@ -126,7 +129,7 @@ class RdImplicitOp(ReactionDiffusionOp):
 
     def capped_stencil(self) -> Tensor:
         """Return the stencil in use, (C, kh, kw)."""
-        if self.stiffness is None:
+        if math.isinf(self.stiffness):
             return self.stencil
         bound = self.step * self.stencil.abs().sum((1, 2), keepdim=True).square()
         return self.stencil * (self.stiffness / bound.clamp_min(self.stiffness)).sqrt()
