@@ -54,7 +54,6 @@ def anatomy(module: nn.Module, post: Activation | None) -> StepSpec:
     calls = [n for n in graph.nodes if n.op == "call_module"]
     layers = [modules[str(node.target)] for node in calls]
     _refuse_by_use(module, graph, layers)
-    norms = [layer for layer in layers if is_norm(layer)]
     convs = [node for node in calls if isinstance(modules[str(node.target)], nn.Conv2d | nn.Linear)]
     if not convs:
         raise NotAStepError("no convolution in it")
@@ -62,6 +61,7 @@ def anatomy(module: nn.Module, post: Activation | None) -> StepSpec:
     inside = [node for node in convs if not _sees_one_pixel(modules[str(node.target)], sizes, node)]
     if not inside:
         raise NotAStepError("no convolution of the whole map in it")
+    norms = [layer for layer in layers if is_norm(layer)]
     activations = [a for node in graph.nodes if (a := _activation(node, modules))]
     spec = StepSpec(
         channels=channels,

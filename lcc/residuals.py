@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+SIDE = 6  # of the input on which a trace is checked
+
+
 class Step(NamedTuple):
     """A residual block: what it is made of, and in words why nothing can take it; None if something may."""
 
     spec: StepSpec
     obstacle: str | None = None
-
-
-SIDE = 6  # of the input on which a trace is checked
 
 
 class _Around(NamedTuple):
