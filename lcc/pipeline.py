@@ -38,7 +38,7 @@ EVAL_BATCH = 256
 
 
 def inspect(part: ModelPart, method: Method, settings: Settings) -> Inspection:
-    """Return every convolution of a network, and what `method` could do for it."""
+    """Return every convolution and residual step of a network, and what `method` could do for it."""
     network = settings.open(part)
     return _inspection(network, sites_of(network), method)
 

@@ -9,13 +9,15 @@ shift || true
 for seed in "${@:-0}"; do
   out=runs/epochs$epochs-seed$seed
   mkdir -p "$out"
-  for row in dense linear-mix-data linear-mix-mask linear-mix-scratch linear-mix-half; do
+  for row in dense linear-mix-data linear-mix-mask linear-mix-scratch linear-mix-half rd-explicit rd-explicit-scratch; do
     [ -e "$out/$row/manifest.json" ] && continue
     options=(--set "finetune.epochs=$epochs" --set "finetune.seed=$seed")
     if [ "$row" != dense ]; then
       options+=(--set "teacher.source=\"$out/dense\"")
-      [ "$row" = linear-mix-scratch ] || options+=(--set "model.source=\"$out/dense\"")
-      [ "$row" = linear-mix-scratch ] && options+=(--set "model.seed=$seed")
+      case $row in
+        *-scratch) options+=(--set "model.seed=$seed") ;;
+        *) options+=(--set "model.source=\"$out/dense\"") ;;
+      esac
     fi
     lcc run "$here/cifar10-resnet20-$row.toml" -o "$out/$row" --resume "${options[@]}"
   done
