@@ -78,10 +78,10 @@ def calibrate_(
     for original in originals.values():
         original.eval()
     projected = project_(model, originals)
-    norms = {site.name: site.norm for site in sites}
+    by_name = {site.name: site for site in sites}
     streams = [
-        _Stream(_operator(model, name), conv, name, norm=norms.get(name), on_site=on_site, store=store)
-        for name, conv in originals.items()
+        _Stream(_operator(model, name), original, by_name[name], on_site=on_site, store=store)
+        for name, original in originals.items()
     ]
     chunk = _images_at_once(model, images)
     with torch.no_grad():
@@ -102,19 +102,19 @@ class _Stream:
         self,
         operator: LowCostOp,
         original: nn.Module,
-        name: str,
+        site: Site,
         *,
-        norm: str | None,
         on_site: Callable[[str, Fit], None] | None,
         store: Store | None,
     ) -> None:
-        self.operator, self.original, self.name = operator, original, name
-        self.has_norm = norm is not None
+        self.operator, self.original, self.name = operator, original, site.name
+        self.has_norm = site.norm is not None
         self.start = {key: value.clone() for key, value in operator.state_dict().items()}
         self.statistics: Statistics = operator.statistics(free_means=self.has_norm)
         self.was_called = False
         self.fit: Fit | None = None
-        self.solved = 0
+        self.solved, self.calls = 0, len(site.sizes)
+        self.in_chunks = False
         self.on_site, self.store = on_site, store
 
     def watch(self, x: Tensor) -> Tensor:
@@ -145,13 +145,15 @@ class _Stream:
         does not depend on it, but the effective learning rate of fine-tuning does.
         """
         self.solved += 1
-        kept_as = f"{self.name}@{self.solved}"
+        kept_as = f"{self.name}@{'all' if self.in_chunks else self.solved}"  # their inputs differ
         self.operator.load_state_dict(self.start)
         self.fit = self.store.restore_(kept_as, self.operator) if self.store else None
         if self.fit is None:
             self.fit = self._fitted_anew()
             if self.store is not None:
                 self.store.keep(kept_as, self.operator, self.fit)
+        if self.in_chunks or self.solved == self.calls:  # no more will come: let go of what was seen
+            self.statistics = self.operator.statistics(free_means=self.has_norm)
         if self.on_site is not None:
             self.on_site(self.name, self.fit)
 
@@ -179,6 +181,7 @@ def _in_one_batch(model: nn.Module, streams: list[_Stream], images: Tensor) -> N
 def _in_chunks(model: nn.Module, streams: list[_Stream], images: Tensor, chunk: int) -> None:
     with ExitStack() as stack:
         for stream in streams:
+            stream.in_chunks = True
             stack.enter_context(_forward_as(stream.operator, stream.watch))
         for part in images.split(chunk):
             model(part.to(_device(model)))

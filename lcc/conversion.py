@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from lcc.recipe import Calibrate
     from lcc.settings import Settings
 
+LEAST_SQUARES = "least squares"
+REGRESSION = "least squares, steps by regression,"
+
 
 def convert_network(
     original: Network,
@@ -46,7 +49,12 @@ def convert_network(
     originals = surgery.replace_(model, decided)
     if calibration is None:
         made = calibrate.project_(model, originals)
-        details = {"weights": "closest to the original's, from weights alone"}
+        details = {"weights": "closest to the original's, from weights alone; steps near the identity"}
+        if any(isinstance(m, LowCostOp) and m.fits_slowly for m in model.modules()):
+            settings.say(
+                "note: nothing in the weights says what a residual step computes, so steps start near the "
+                "identity and their error is not known; --calibrate DATA fits them to images, without labels"
+            )
     else:
         images = data.images(
             calibration.data, original.loaded.preprocessing, calibration.images, calibration.seed
@@ -85,20 +93,30 @@ def _fit_(
     done: list[str] = []
     with progress.bar("calibrate", len(originals)) as tick:
 
-        def on_site(name: str, _fit: Fit) -> None:
+        def on_site(name: str, fit: Fit) -> None:
             done.append(name)
             tick(min(len(done), len(originals)), lambda: name)
+            if store is not None and fit.relative_error is not None:
+                settings.say(f"fitted {name}: relative error {fit.relative_error:.2f}")
 
-        result = calibrate.calibrate_(model, originals, sites, images, on_site=on_site, store=store)
+        try:
+            result = calibrate.calibrate_(model, originals, sites, images, on_site=on_site, store=store)
+        except KeyboardInterrupt:
+            if store is not None:
+                settings.say(
+                    f"{len(done)} of {len(originals)} sites are fitted and kept in {store.folder}: the same "
+                    "command with --resume goes on"
+                )
+            raise
     model.cpu()
     details = {
-        "weights": f"{'least squares' if store is None else 'regression'} on {len(images)} images",
+        "weights": f"{LEAST_SQUARES if store is None else REGRESSION} on {len(images)} images",
         "inputs": "from the converted prefix",
     }
     if result.chunks > 1:
         details["inputs"] = "from the original network, since the images do not fit in memory at once"
         settings.say(
-            f"note: fitted in {result.chunks} chunks; inputs {details['inputs']}; fewer --images may"
+            f"note: fitted in {result.chunks} chunks; inputs {details['inputs']}; fewer --images avoid that"
         )
     return result.fits, details
 
@@ -109,4 +127,5 @@ def _merged(before: Plan, now: Plan) -> Plan:
     return Plan(
         groups=(*before.groups, *now.groups),
         kept=tuple(entry for entry in now.kept if entry.site not in done),
+        steps={**before.steps, **now.steps},
     )

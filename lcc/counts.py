@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lcc.methods import LowCostOp
 from lcc.specs import Frozen, Size, fft_macs
+from lcc.tracing import evaluating
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 
 # Parameters, but no multiply-accumulates by convention.
@@ -107,7 +106,7 @@ def count_macs(model: nn.Module, example: Tensor) -> MacCount:
         if module not in inside:
             handles.append(module.register_forward_hook(note(name, _rule(module))))
     try:
-        with _eval(model), torch.no_grad():
+        with evaluating(model):
             model(example[:1])
     finally:
         for handle in handles:
@@ -122,7 +121,7 @@ def fvcore_macs(model: nn.Module, example: Tensor) -> FvcoreCount:
         # fvcore decorates a function with torch.jit.script when it is imported (0.1.5, seen 2026-11).
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.script")
         from fvcore.nn import FlopCountAnalysis
-    with warnings.catch_warnings(), _eval(model), torch.no_grad():
+    with warnings.catch_warnings(), evaluating(model):
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.trace")  # it counts by tracing
         analysis = FlopCountAnalysis(model, example[:1])
         # A handle of None would not do: fvcore looks for its own handle first.
@@ -199,18 +198,6 @@ def _sees_the_image(value: Any) -> bool:
         elif value.node().kind() not in BLIND_OPS:
             pending.extend(value.node().inputs())
     return False
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own flag is put back at the end."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def count_norm_params(model: nn.Module) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,10 @@ class FitStore:
         path = folder / KEY
         try:
             if any(folder.glob("*.safetensors")):
+                if not path.is_file():
+                    raise ArtifactError(
+                        f"{folder} is where fits would be kept, and holds something else; move it"
+                    )
                 if not resume:
                     raise ArtifactError(
                         f"{folder} has fits of an earlier conversion: go on with --resume, or remove it"
@@ -57,7 +62,7 @@ class FitStore:
             with safe_open(path, framework="pt") as file:
                 fit = Fit.model_validate_json(file.metadata()["fit"])
             operator.load_state_dict(load_file(path))
-        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise ArtifactError(f"{path} is damaged: remove it, and that site is fitted again") from error
         return fit
 
@@ -76,6 +81,16 @@ class FitStore:
 
     def _file(self, site: str) -> Path:
         return self.folder / f"{site}.safetensors"
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder of fits; what lcc did not write there stays, and so does the folder then."""
+    if not (folder / KEY).is_file():
+        return
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.part"), folder / KEY):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def conversion_key(model: nn.Module, images: Tensor, *descriptions: str) -> str:

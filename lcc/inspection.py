@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from lcc.methods import SiteKind
 from lcc.plan import NOUNS, Plan, Site, decide, rules_for
 from lcc.specs import Cost, Frozen
-from lcc.tables import BAD, GOOD, QUIET, TIMES, UNKNOWN, Cell, Sheet, change, ms, si
+from lcc.tables import BAD, GOOD, QUIET, TIMES, UNKNOWN, Cell, Sheet, change, in_short, ms, si
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 SYMBOLS = (
-    "c channels, k the kernel's side, g the group size, n pixels; MACs of one image; N a BatchNorm",
+    "c channels, c' the next even number; k the kernel's side, g the group size; n pixels, n_in those put in",
+    "MACs of one image; N a BatchNorm, whose 2 c parameters, and a bias, come on top",
     "dense: params k^2 c^2; MACs n k^2 c^2. A residual step has two such convolutions",
     "rfft(n) is 1.25 n log2 n MACs, half of what a complex Fourier transform counts",
 )
@@ -237,7 +238,7 @@ def _counts(value: Inspection) -> Iterator[str]:
             count = sum(row.after is not None for row in rows)
             yield f"{count} of {len(rows)} {nouns} {'would' if value.planned else 'can'} be converted"
         elif rows and not value.planned and kind in value.by_name:
-            yield f"{nouns}: only where a rule spells a name out"
+            yield f"{nouns}: only where a rule, or --include, spells the name out"
         elif rows and not value.planned:
             yield f"{free} of {len(rows)} {nouns} are open to other methods: see `lcc methods`"
 
@@ -255,5 +256,5 @@ def _totals(value: Inspection) -> list[str]:
             "fewer MACs are not yet less time: `lcc report` measures that",
         ]
     if value.uncounted:
-        lines.append(f"MACs of {', '.join(value.uncounted)} are not counted")
+        lines.append(f"MACs of {in_short(value.uncounted)} are not counted")
     return lines

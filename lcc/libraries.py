@@ -288,7 +288,7 @@ def _build_zoo(name: str, num_classes: int | None = None) -> nn.Module:
 
 
 def _no_weights(source: str, num_classes: int | None = None) -> nn.Module:  # noqa: ARG001  # takes what others take
-    raise SourceError(f"{source} comes without trained weights; {WAY_OUT}")
+    raise SourceError(f"{source} comes without trained weights; {WAY_OUT}, or finetune --from-scratch")
 
 
 def _users(text: str) -> Architecture:

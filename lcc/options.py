@@ -121,7 +121,7 @@ def timing(
     bench_threads: Annotated[
         int, typer.Option("--bench-threads", min=1, help="CPU threads when timing.")
     ] = 1,
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved timing rounds.")] = 15,
+    rounds: Annotated[int, typer.Option(min=8, help="Interleaved timing rounds of four runs.")] = 15,
 ) -> "BenchOptions":
     """Return how latency is measured."""
     from lcc.comparison import BenchOptions

@@ -7,8 +7,8 @@ Source: arXiv:1805.07821, section 4. Its text leaves some things open; they are 
 - the length h of a step, only said to be small enough, is 1. Where K is circulant, its taps add up over c
   channels: were they the parameters, Adam's first step would move each of 9 c by the learning rate, and h
   max|k^|^2 by up to h (9 c lr)^2: at h = 1 and 0.1 the loss did not fall. The parameters being the taps
-  times the root of c, it is 81 c lr^2 at h = 1, within the explicit step's bound of 2 up to 246 channels at
-  the paper's lr, 0.01. The implicit step has no cap here;
+  times the root of c, it is 81 c lr^2 at h = 1: 2.07 at C's 256 channels and the paper's lr, 0.01, just past
+  the explicit step's bound of 2, and less for fewer. The implicit step has no cap here;
 - convolutions start as He draws weights (arXiv:1502.01852). In a residual step N comes before the second
   one, so what the step adds has unit variance whatever came in: variance grows by one a step, over four
   steps, until the connecting layer's N sets it to one again. No smaller start is needed. LinearMix and the

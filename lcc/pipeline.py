@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcc import artifact, data
+from lcc import artifact, data, fit_store
 from lcc import recipe as recipes
 from lcc.batches import eval_batches
 from lcc.comparison import BenchOptions, cross_checks, known_accuracy, on_data, plain_report, timed_report
@@ -73,7 +73,7 @@ def convert(
     fits = fits_of(directory)
     sites, converted = convert_network(original, rules, calibration, settings, fits=fits, resume=resume)
     converted = _saved(converted, directory, settings).but(name=directory.name)
-    shutil.rmtree(fits, ignore_errors=True)
+    fit_store.discard(fits)
     settings.say(f"wrote {directory}; next: lcc finetune {directory} --data DATA")
     return plain_report((original.row(), converted.row(sites=sites)))
 
@@ -229,7 +229,7 @@ def run(
         )
         network = network.but(name="fine-tuned")
     network = _saved(network, directory, settings, recipe=text)
-    shutil.rmtree(fits_of(directory), ignore_errors=True)
+    fit_store.discard(fits_of(directory))
     if recipe.finetune is not None:
         shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
         stages.add(network, sites, accuracy=None if recipe.eval else result.accuracy)
@@ -307,8 +307,8 @@ def demo(directory: Path, settings: Settings) -> Report:
     )
     target = directory / "model"
     artifact.check_target(target, force=True)
-    for left_over in (checkpoints_of(target), fits_of(target)):
-        shutil.rmtree(left_over, ignore_errors=True)
+    shutil.rmtree(checkpoints_of(target), ignore_errors=True)
+    fit_store.discard(fits_of(target))
     text = recipe_file.read_text(encoding="utf-8")
     result = run(recipe, text, target, settings, options=BenchOptions())
     (directory / "report.md").write_text(to_markdown(report_sheets(result)), encoding="utf-8")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+from pydantic import Field
+
 from lcc.errors import NothingToConvertError, RecipeError
 from lcc.methods import AnyMethod, Method, SiteKind
 from lcc.specs import ConvSpec, Cost, Frozen, Size, StepSpec
@@ -107,10 +109,15 @@ class Kept(Frozen):
 
 
 class Plan(Frozen):
-    """The decision: every site is in one group or kept with a reason."""
+    """The decision: every site is in one group or kept with a reason.
+
+    `steps` describes the residual steps among the converted sites, so that replaying the plan on the same
+    network need not find out again what they were.
+    """
 
     groups: tuple[Group, ...] = ()
     kept: tuple[Kept, ...] = ()
+    steps: dict[str, StepSpec] = Field(default_factory=dict)
 
     def methods(self) -> dict[str, Method]:
         """Return the method of every converted site, by name."""
@@ -171,7 +178,9 @@ def decide(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> Plan:
             reason = ruled_out.get(site.name) or _inside(site, made) or choice.reason
             kept.append(Kept(site=site.name, reason=reason, kind=site.kind))
     groups = tuple(Group(method=method, sites=tuple(names)) for method, names in taken.items())
-    return Plan(groups=groups, kept=tuple(kept))
+    replaced = {name for names in taken.values() for name in names}
+    steps = {s.name: s.spec for s in sites if s.name in replaced and isinstance(s.spec, StepSpec)}
+    return Plan(groups=groups, kept=tuple(kept), steps=steps)
 
 
 class _Choice(NamedTuple):

@@ -80,7 +80,7 @@ def replace_(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     originals: dict[str, nn.Module] = {}
     replacements: dict[nn.Module, LowCostOp] = {}
     for site, method in plan.methods().items():
-        original, spec = _replaceable(site, modules.get(site))
+        original, spec = _replaceable(site, modules.get(site), plan.steps.get(site))
         reason = method.why_not(spec)
         if reason is not None:
             raise RecipeError(f"the plan converts {site!r} by {method}, which can't take it: {reason}")
@@ -98,10 +98,14 @@ def replace_(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     return originals
 
 
-def _replaceable(site: str, module: nn.Module | None) -> tuple[nn.Module, ConvSpec | StepSpec]:
+def _replaceable(
+    site: str, module: nn.Module | None, known: StepSpec | None
+) -> tuple[nn.Module, ConvSpec | StepSpec]:
     """Return a convolution or a residual step, and its description. Raises: RecipeError: it is neither."""
     if type(module) is nn.Conv2d:
         return module, conv_spec(module)
+    if module is not None and known is not None:
+        return module, known
     step = None if module is None else residual_step(module)
     if module is None or step is None:
         what = "no module" if module is None else f"a {type(module).__name__}"

@@ -33,6 +33,9 @@ RULES = {"left": "---", "right": "---:"}
 ABREAST = 3  # models side by side in 100 columns
 
 
+SHOWN = 4  # of a list of modules
+
+
 class Cell(NamedTuple):
     """A piece of text, and a rich style where it should be seen."""
 
@@ -119,7 +122,7 @@ def _models_sheet(first: ModelRow, others: Sequence[ModelRow]) -> Sheet:
             row += cells(model, first)
         rows.append(tuple(row))
     histories = [f"{model.name}: " + "; ".join(model.history) for model in models if model.history]
-    missing = [f"{m.name}: MACs of {', '.join(m.uncounted)} are not counted" for m in models if m.uncounted]
+    missing = [f"{m.name}: MACs of {in_short(m.uncounted)} are not counted" for m in models if m.uncounted]
     return Sheet(
         title="",
         headers=("", first.name, *(header for model in others for header in (model.name, ""))),
@@ -312,3 +315,10 @@ def _error(fit: Fit | None) -> Cell:
         return Cell(UNKNOWN if fit.kernel_error is None else f"{fit.kernel_error:.2f} k")
     start = UNKNOWN if fit.start_error is None else f"{fit.start_error:.2f}"
     return Cell(change(start, f"{fit.relative_error:.2f}"))
+
+
+def in_short(modules: tuple[str, ...]) -> str:
+    """Return the names of modules, the first few where there are many; "" is the network itself."""
+    named = [name or "the network itself" for name in modules]
+    more = f" and {len(named) - SHOWN} more modules" if len(named) > SHOWN else ""
+    return ", ".join(named[:SHOWN]) + more

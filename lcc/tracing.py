@@ -10,24 +10,16 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 
 from lcc.methods import LowCostOp
+from lcc.ops.activations import ACTIVATIONS
 from lcc.specs import Activation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
-REFERENCES: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "gelu": F.gelu,
-}
 # Stochastic depth: the attribute that holds its rate, by class name (torchvision's and timm's).
 DROP_RATES = {"DropPath": "drop_prob", "StochasticDepth": "p"}
 
@@ -180,7 +172,7 @@ def _known(call: Callable[[Tensor], Any]) -> Activation | None:
         (
             name
             for name in get_args(Activation)
-            if torch.allclose(got, REFERENCES[name](x), rtol=0, atol=1e-9)
+            if torch.allclose(got, ACTIVATIONS[name](x), rtol=0, atol=1e-9)
         ),
         None,
     )

@@ -9,7 +9,7 @@ from torch import nn
 
 from lcc.calibrate import calibrate_
 from lcc.errors import ArtifactError
-from lcc.fit_store import FitStore, conversion_key
+from lcc.fit_store import FitStore, conversion_key, discard
 from lcc.methods import Fit
 from lcc.methods.reaction_diffusion import RdExplicit
 from lcc.plan import make_plan, rules_for
@@ -84,3 +84,16 @@ def test_the_key_depends_on_weights_images_and_plan():
     assert key != conversion_key(model, images + 1, "plan")
     model[0].bias.data[0] += 1
     assert key != conversion_key(model, images, "plan")
+
+
+def test_only_what_lcc_wrote_is_removed(tmp_path):
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    FitStore(mine, "key", resume=False).keep("a", nn.Linear(2, 2), Fit(how="data"))
+    theirs.mkdir()
+    (theirs / "a.safetensors").write_bytes(b"precious")
+    discard(mine)
+    discard(theirs)
+    assert not mine.exists()
+    assert (theirs / "a.safetensors").read_bytes() == b"precious"
+    with pytest.raises(ArtifactError, match="holds something else"):
+        FitStore(theirs, "key", resume=False)

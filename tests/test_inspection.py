@@ -71,7 +71,9 @@ def test_the_totals_name_each_kind():
     ]
     value = inspected(model, RdExplicit())
     assert "5 of 8 residual steps can be converted" in inspection_sheet(value).notes
-    assert "convolutions: only where a rule spells a name out" in inspection_sheet(value).notes
+    assert (
+        "convolutions: only where a rule, or --include, spells the name out" in inspection_sheet(value).notes
+    )
 
 
 def test_a_plan_counts_the_kinds_that_it_converts():

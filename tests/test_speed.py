@@ -63,6 +63,7 @@ def test_an_implicit_step_takes_at_most_twice_as_long_as_an_explicit_one(channel
     for method, most in ((RdImplicit(stiffness=0.07), 1.3), (RdImplicit(), 2.0)):
         lowering = choose(trained(method, channels), size)
         assert lowering.relative_error <= 1e-3
+        assert most == 2.0 or "7x7" in lowering.how or "5x5" in lowering.how
         name = f"implicit {method.stiffness} ({lowering.how})"
         files[name], wanted[name] = lowering.module, most
     example = example_for(spec(channels), size)

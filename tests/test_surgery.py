@@ -27,6 +27,7 @@ from timm.layers import StdConv2d
 from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from lcc import surgery
 from lcc.anatomy import conv_spec
 from lcc.errors import RecipeError
 from lcc.methods import LowCostOp
@@ -34,6 +35,7 @@ from lcc.methods.linear_mix import LinearMix
 from lcc.methods.reaction_diffusion import RdExplicit
 from lcc.plan import Group, Plan, make_plan, rules_for
 from lcc.surgery import find_sites, replace_
+from lcc.zoo import BasicBlock
 
 
 def count_params(model):
@@ -394,3 +396,14 @@ def test_a_conv_whose_weight_its_host_reads_is_refused():
     assert called.obstacle is None
     assert type(host.read) is type(host.called) is nn.Conv2d
     assert not {"read_by_host", "runs"} & (vars(host.read).keys() | vars(host.called).keys())
+
+
+def test_a_plan_is_replayed_without_looking_again_at_what_a_step_is(monkeypatch):
+    model = seeded(BasicBlock, 4, 4)
+    holder = nn.Sequential(model)
+    plan = make_plan(find_sites(holder, photos(1, channels=4)), rules_for(RdExplicit()))
+    assert list(plan.steps) == ["0"]
+    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    monkeypatch.setattr(surgery, "residual_step", None)
+    replace_(holder, plan)
+    assert holder[0].spec == plan.steps["0"]

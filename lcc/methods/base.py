@@ -21,7 +21,8 @@ class Fit(Frozen):
     """How an operator got its weights, and how far it is from what it replaces.
 
     Errors are relative: |got - wanted| / |wanted| over all numbers, per-channel means removed where a bias
-    or a BatchNorm makes them free. None is not known. Activation errors are taken on held-out images.
+    or a BatchNorm makes them free to a closed form; a step's keep them. None is not known. Activation errors
+    are taken on held-out images; on those fitted to, where fewer than five were given.
     """
 
     how: Literal["weights", "data"]

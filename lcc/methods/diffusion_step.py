@@ -212,7 +212,7 @@ class ReactionDiffusionOp(LowCostOp):
             moments + ridge * torch.eye(len(moments)).to(moments), x.T @ (added - mean)
         ).T
         self.mix.weight.copy_(matrix[:, :, None, None])
-        self.norm.weight.copy_((x @ matrix.T).std(0) / self.step)
+        self.norm.weight.copy_((x @ matrix.T).std(0, correction=0) / self.step)
         self.norm.bias.copy_(mean / self.step)
         estimate_norm_(self, self.norm, samples)
 

@@ -28,7 +28,7 @@ from lcc.methods.lowered_steps import (
 from lcc.ops import circulant
 from lcc.ops.activations import activate
 from lcc.ops.spectral import green, laid_out_as, real_fourier, solve_periodic
-from lcc.ops.stencil import GRID, depthwise, depthwise_adjoint, gain
+from lcc.ops.stencil import GRID, depthwise, depthwise_adjoint, gain, slack
 from lcc.specs import Size, fft_macs
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class RdExplicitOp(ReactionDiffusionOp):
     @torch.no_grad()
     def restrain_(self) -> None:
         """Shrink the stencils that leave the stable region back into it."""
-        bound = STABLE / self.step
+        bound = STABLE / slack(*self.stencil.shape[1:]) / self.step
         excess = (gain(self.stencil) / bound).clamp_min(1).sqrt()
         self.stencil.div_(excess.to(self.stencil)[:, None, None])
 
@@ -168,7 +168,7 @@ class RdCirculant(ReactionDiffusion):
 
     formula: ClassVar[str] = (
         "y + h(-K_circ^T K_circ y + relu(N(M y))); params k^2 c + c^2; "
-        "MACs n (3 c^2 + 4 k^2 c), periodic: n c^2 + 2 rfft(c n)"
+        "MACs n (c^2 + 2 c c' + 4 k^2 c'), periodic: n c^2 + 2 rfft(c n)"
     )
 
     name: Literal["rd_circulant"] = "rd_circulant"
@@ -229,7 +229,8 @@ class RdCirculantOp(ReactionDiffusionOp):
     @torch.no_grad()
     def restrain_(self) -> None:
         """Shrink the stencils back into the stable region, all alike, where one leaves it."""
-        self.stencil.div_((self.amplification() / STABLE).clamp_min(1).sqrt().to(self.stencil))
+        bound = STABLE / slack(*self.stencil.shape[1:])
+        self.stencil.div_((self.amplification() / bound).clamp_min(1).sqrt().to(self.stencil))
 
     @torch.no_grad()
     def warning(self) -> str | None:

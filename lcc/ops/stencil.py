@@ -5,11 +5,22 @@ A stencil is (C, kh, kw) with odd kh and kw, one for each channel, in torch's cr
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 GRID = 64  # frequencies at which a symbol's maximum is sought: up to 0.4 % below it for 3x3, 6 % for 11x11
+
+
+def slack(kh: int, kw: int) -> float:
+    """Return how many times its largest value on the grid |k^|^2 can be at most.
+
+    A trigonometric polynomial of degree d, known at N points, is at most 1 / cos(pi d / N) larger between
+    them (Ehlich and Zeller, 1964); |k^|^2 has degree k - 1 in each direction.
+    """
+    return 1 / (math.cos(math.pi * (kh - 1) / GRID) * math.cos(math.pi * (kw - 1) / GRID))
 
 
 def depthwise(x: Tensor, stencil: Tensor) -> Tensor:
