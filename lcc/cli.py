@@ -52,6 +52,7 @@ app = typer.Typer(
 
 # click's own, or the copy that newer versions of typer carry
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
+INTERRUPTED = 130
 Form = Literal["table", "json", "csv", "md"]
 
 
@@ -358,13 +359,16 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     try:
         # On its own, typer takes several lines for a usage error; with no arguments it shows the help.
-        sys.exit(app(standalone_mode=len(sys.argv) == 1))
+        code = app(standalone_mode=len(sys.argv) == 1)
+        if code == INTERRUPTED:  # what newer versions of typer make of Ctrl-C
+            typer.echo("lcc: interrupted", err=True)
+        sys.exit(code)
     except USAGE_ERROR as error:
         typer.echo(f"lcc: {error.format_message()} ({_help_for(error)} lists the options)", err=True)
         sys.exit(2)
     except typer.Abort:
         typer.echo("lcc: interrupted", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except LccError as error:
         if debug:
             raise
@@ -372,7 +376,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("lcc: interrupted", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -102,7 +102,7 @@ def _fit_(
         try:
             result = calibrate.calibrate_(model, originals, sites, images, on_site=on_site, store=store)
         except KeyboardInterrupt:
-            if store is not None:
+            if store is not None and done:
                 settings.say(
                     f"{len(done)} of {len(originals)} sites are fitted and kept in {store.folder}: the same "
                     "command with --resume goes on"

@@ -382,3 +382,12 @@ def test_the_gate_runs_the_test_command_of_the_readme():
     test_command = blocks[1].splitlines()[-1].removeprefix(".venv-dev/bin/")
     assert test_command == "python -m pytest"
     assert test_command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_an_interrupted_command_says_so(lcc_run, monkeypatch):
+    def interrupt(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lcc.pipeline.inspect", interrupt)
+    code, out, err = lcc_run("inspect", "zoo:cifar_resnet20")
+    assert (code, out, err) == (130, "", "lcc: interrupted\n")
