@@ -371,6 +371,8 @@ def _did_you_mean(text: str) -> str:
     )
     if found:
         return f"did you mean {' or '.join(found)}?"
+    if library == "zoo":
+        return f"there are {', '.join(sorted(places['zoo']))}"
     return (
         "give torchvision:NAME, timm:NAME, zoo:NAME, py:MODULE:FACTORY, a checkpoint file or an lcc directory"
     )
