@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from lcc.ops.fit import relative_error
 from lcc.specs import ConvSpec, Cost, Frozen, Size, StepSpec
 
 if TYPE_CHECKING:
@@ -117,6 +118,22 @@ class LinearOp(LowCostOp):
     @abstractmethod
     def dense_kernel(self) -> Tensor:
         """Return the equivalent dense kernel, (C_out, C_in, kh, kw)."""
+
+    @abstractmethod
+    def set_closest_(self, kernel: Tensor) -> None:
+        """Take on the weights whose dense kernel is closest to `kernel`, (C_out, C_in, kh, kw)."""
+
+    @torch.no_grad()
+    def project_(self, original: nn.Module) -> Fit:
+        """Take on the closest member of the family, and the bias of the convolution."""
+        conv = as_conv(original)
+        kernel = conv.weight.detach()
+        self.set_closest_(kernel)
+        bias: Tensor | None = getattr(self, "bias", None)
+        if bias is not None and conv.bias is not None:
+            bias.copy_(conv.bias)
+        lost = (kernel - self.dense_kernel()).square()
+        return Fit(how="weights", kernel_error=relative_error(lost, kernel.square()))
 
     @abstractmethod
     def scale_(self, factor: Tensor) -> None:

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcc.methods.base import Fit, LinearOp, Lowering, Method, SiteKind, as_conv
+from lcc.methods.base import Fit, LinearOp, Lowering, Method, SiteKind
 from lcc.methods.frozen import frozen_conv
 from lcc.ops import circulant
-from lcc.ops.fit import relative_error
 from lcc.ops.frequency_fit import FrequencyGram
 from lcc.ops.padding import inner_padding, pad
 from lcc.ops.sampling import SampledGrams
@@ -103,15 +102,9 @@ class CirculantOp(LinearOp):
         return circulant.circulant_kernel(self.theta)
 
     @torch.no_grad()
-    def project_(self, original: nn.Module) -> Fit:
-        """Take on the closest member of the family: the means over the dense kernel's channel diagonals."""
-        conv = as_conv(original)
-        dense = conv.weight.detach()
-        self.theta.copy_(circulant.diagonal_means(dense))
-        if self.bias is not None and conv.bias is not None:
-            self.bias.copy_(conv.bias)
-        lost = (dense - self.dense_kernel()).square()
-        return Fit(how="weights", kernel_error=relative_error(lost, dense.square()))
+    def set_closest_(self, kernel: Tensor) -> None:
+        """Take on the means over the channel diagonals of a dense kernel, (C, C, kh, kw)."""
+        self.theta.copy_(circulant.diagonal_means(kernel))
 
     def statistics(self, *, free_means: bool) -> CirculantStatistics:
         """Return an empty accumulator of the moments at every channel frequency."""

@@ -14,8 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcc.methods.base import Fit, LinearOp, Lowering, Method, SiteKind, as_conv
-from lcc.ops.fit import ArrowGram, ArrowWeights, relative_error
+from lcc.methods.base import Fit, LinearOp, Lowering, Method, SiteKind
+from lcc.ops.fit import ArrowGram, ArrowWeights
 from lcc.ops.padding import pad
 from lcc.ops.sampling import SampledGrams
 from lcc.specs import ConvSpec, Cost, Size
@@ -165,17 +165,11 @@ class LinearMixOp(LinearOp):
         return dense
 
     @torch.no_grad()
-    def project_(self, original: nn.Module) -> Fit:
-        """Take on the closest member of the family: the mask of the dense kernel (methods, eq. 7)."""
-        conv = as_conv(original)
-        dense = conv.weight.detach()
-        self._set_pointwise(dense[:, :, self.kernel_size[0] // 2, self.kernel_size[1] // 2])
-        rows, columns = self._group_index(dense.device)
-        self._set_square_kernel(dense[rows, columns])
-        if self.bias is not None and conv.bias is not None:
-            self.bias.copy_(conv.bias)
-        lost = (dense - self.dense_kernel()).square()
-        return Fit(how="weights", kernel_error=relative_error(lost, dense.square()))
+    def set_closest_(self, kernel: Tensor) -> None:
+        """Take on the mask of a dense kernel (C_out, C_in, kh, kw): what of it the operator has (eq. 7)."""
+        self._set_pointwise(kernel[:, :, self.kernel_size[0] // 2, self.kernel_size[1] // 2])
+        rows, columns = self._group_index(kernel.device)
+        self._set_square_kernel(kernel[rows, columns])
 
     def statistics(self, *, free_means: bool) -> LinearMixStatistics:
         """Return an empty accumulator of the Gram matrices of this operator's regressors."""
