@@ -16,6 +16,7 @@ NO_RULE = "named by no rule (or --include)"
 NOUNS: dict[SiteKind, tuple[str, str]] = {
     "conv": ("convolution", "convolutions"),
     "step": ("residual step", "residual steps"),
+    "transition": ("stage-changing block", "stage-changing blocks"),
 }
 
 

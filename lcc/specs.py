@@ -119,6 +119,8 @@ class ConvSpec(Frozen):
 class StepSpec(Frozen):
     """A residual step post(x + F(x)) on (N, C, H, W), identity skip, stride 1: what F is made of.
 
+    A transition is its stage-changing relative: post(S(x) + F(x)), or F(x) alone, with another width or a
+    stride. `channels` come out, `in_channels` (None: as many) go in; `shortcut` is what S convolves with.
     `convs` are F's convolutions in order of call, `squeeze` those (and linear layers) that see a map pooled
     to 1x1 (squeeze-and-excitation). `in_a_row`: each sees what the one before it gave, and nothing else.
     `norm_params` counts what its normalisations store. `activation` is the first one inside F, if it is one
@@ -138,6 +140,19 @@ class StepSpec(Frozen):
     norm_eps: float = 1e-5
     norm_momentum: float | None = 0.1
     drop_path: float = 0.0
+    in_channels: int | None = None
+    stride: tuple[int, int] = (1, 1)
+    shortcut: tuple[ConvSpec, ...] = ()
+
+    @property
+    def is_transition(self) -> bool:
+        """Whether the block changes width or size."""
+        return self.channels_in != self.channels or self.stride != (1, 1)
+
+    @property
+    def channels_in(self) -> int:
+        """How many channels go in."""
+        return self.channels if self.in_channels is None else self.in_channels
 
     @property
     def kernel_size(self) -> tuple[int, int]:
@@ -148,17 +163,22 @@ class StepSpec(Frozen):
     @property
     def params(self) -> int:
         """How many parameters the step has, normalisations included."""
-        return sum(conv.params for conv in (*self.convs, *self.squeeze)) + self.norm_params
+        convs = (*self.convs, *self.squeeze, *self.shortcut)
+        return sum(conv.params for conv in convs) + self.norm_params
 
     def out_size(self, size: Size) -> Size:
-        """Size of the output: the input's."""
-        return size
+        """Size of the output: the input's, but for a stride."""
+        return Size(height=-(-size.height // self.stride[0]), width=-(-size.width // self.stride[1]))
 
     def cost(self, size: Size) -> Cost:
         """Cost of the step itself on one image of this size."""
         one = Size(height=1, width=1)
-        macs = sum(conv.cost(size).macs for conv in self.convs)
-        return Cost(params=self.params, macs=macs + sum(conv.cost(one).macs for conv in self.squeeze))
+        macs = sum(conv.cost(one).macs for conv in self.squeeze)
+        macs += sum(conv.cost(size).macs for conv in self.shortcut)
+        for conv in self.convs:
+            macs += conv.cost(size).macs
+            size = conv.out_size(size) if self.is_transition else size
+        return Cost(params=self.params, macs=macs)
 
     def __str__(self) -> str:
         parts: list[str] = []
@@ -166,7 +186,10 @@ class StepSpec(Frozen):
             count = len(list(alike))
             parts += [text] * count if count < 3 else [f"{count} times {text}"]
         squeeze = f", squeeze {self.squeeze[0].out_channels}" if self.squeeze else ""
-        return f"step {self.channels}: {', '.join(parts)}{squeeze}"
+        if not self.is_transition:
+            return f"step {self.channels}: {', '.join(parts)}{squeeze}"
+        stride = f" /{self.stride[0]}" if self.stride != (1, 1) else ""
+        return f"transition {self.channels_in}->{self.channels}{stride}: {', '.join(parts)}{squeeze}"
 
 
 def _in_a_step(conv: ConvSpec) -> str:

@@ -14,7 +14,7 @@ from lcc.specs import ConvSpec, Cost, Frozen, Size, StepSpec
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SiteKind = Literal["conv", "step"]
+SiteKind = Literal["conv", "step", "transition"]
 Spec = Any  # a ConvSpec or a StepSpec: a method is asked only about the kinds of site that it takes
 
 
