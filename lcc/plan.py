@@ -25,7 +25,8 @@ class Site(Frozen):
 
     `aliases` are its other names, where the host registers one module twice. `sizes` holds the input size
     of every call in one forward pass. `norm` names the BatchNorm that alone consumes its output.
-    `obstacle` says in words why nothing can take it.
+    `shortcut`: a convolution on the skip path of a residual block. `obstacle` says in words why nothing can
+    take it.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Site(Frozen):
     sizes: tuple[Size, ...] = ()
     aliases: tuple[str, ...] = ()
     norm: str | None = None
+    shortcut: bool = False
     obstacle: str | None = None
 
     def cost(self) -> Cost:

@@ -74,6 +74,27 @@ def residual_step(module: nn.Module) -> Step | None:
         return Step(StepSpec(channels=width(module.modules()), convs=convs, post=around.post), obstacle)
 
 
+def shortcut_convs(module: nn.Module) -> tuple[nn.Conv2d, ...]:
+    """Return the convolutions on the skip path of the residual block that a module is; none if it is none.
+
+    The module is left as it was. Whatever may come after the block's last sum.
+    """
+    if is_leaf(module) or type(module).forward is nn.Sequential.forward:
+        return ()
+    with undisturbed(module):
+        graph = trace(module)
+        x = None if graph is None else the_input(graph)
+        if graph is None or x is None:
+            return ()
+        end = _last_sum(graph)
+        modules = dict(module.named_modules(remove_duplicate=False))
+        sides = None if end is None else _sides(end, x, modules)
+        if sides is None:
+            return ()
+        found = (inner for child in _children(sides.skip, modules) for inner in child.modules())
+        return tuple(inner for inner in found if isinstance(inner, nn.Conv2d))
+
+
 def _attention(module: nn.Module) -> str | None:
     names = (type(inner).__name__ for inner in module.modules())
     found = next((name for name in names if "attention" in name.lower() or name.endswith("Attn")), None)
@@ -192,8 +213,27 @@ def _before_end(
     return node, post, ""
 
 
-def _projection(node: fx.Node, x: fx.Node, modules: dict[str, nn.Module]) -> str | None:
-    """Return what a block's skip is, if the last sum adds F(x) and something else made of x."""
+def _last_sum(graph: fx.Graph) -> fx.Node | None:
+    """Return the sum that the output is made of, alone and by whatever means; None if there is none."""
+    node = the_output(graph)
+    while node is not None and not is_sum(node):
+        earlier = node.all_input_nodes
+        node = earlier[0] if len(earlier) == 1 else None
+    return node
+
+
+class _Sides(NamedTuple):
+    """The nodes of a block's skip, and of its F, without those that are in both."""
+
+    skip: list[fx.Node]
+    body: list[fx.Node]
+
+
+def _sides(node: fx.Node, x: fx.Node, modules: dict[str, nn.Module]) -> _Sides | None:
+    """Return the two sides of a sum of two that are made of x: the skip is the one with fewer convolutions.
+
+    None if it is no such sum, or the skip is not a single convolution at most.
+    """
     terms = list(_terms(node))
     behind = [_before(term) | {term} for term in terms]
     if len(terms) != 2 or not all(x in nodes for nodes in behind):
@@ -202,15 +242,25 @@ def _projection(node: fx.Node, x: fx.Node, modules: dict[str, nn.Module]) -> str
         [n for n in node.graph.nodes if n in nodes and n not in other]
         for nodes, other in zip(behind, behind[::-1], strict=True)
     ]
-    children = [[modules[str(n.target)] for n in side if n.op == "call_module"] for side in sides]
-    (few, skip), (many, _) = sorted(
-        (sum(isinstance(m, nn.Conv2d) for child in side for m in child.modules()), number)
-        for number, side in enumerate(children)
+    (few, skip), (many, body) = sorted(
+        (sum(isinstance(m, nn.Conv2d) for child in _children(side, modules) for m in child.modules()), number)
+        for number, side in enumerate(sides)
     )
-    if few > 1 or few == many:
+    return None if few > 1 or few == many else _Sides(sides[skip], sides[body])
+
+
+def _children(side: list[fx.Node], modules: dict[str, nn.Module]) -> list[nn.Module]:
+    """Return the modules that some nodes call."""
+    return [modules[str(node.target)] for node in side if node.op == "call_module"]
+
+
+def _projection(node: fx.Node, x: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """Return what a block's skip is, if the last sum adds F(x) and something else made of x."""
+    sides = _sides(node, x, modules)
+    if sides is None:
         return None
-    own = [called(n, modules) for n in sides[skip] if n.op in ("call_function", "call_method")]
-    names = [*(name for child in children[skip] for name in _layers(child)), *own]
+    own = [called(n, modules) for n in sides.skip if n.op in ("call_function", "call_method")]
+    names = [*(name for child in _children(sides.skip, modules) for name in _layers(child)), *own]
     if not names:
         return "its skip starts inside it, behind other layers"
     return f"its skip is no identity: {', '.join(dict.fromkeys(names))}"

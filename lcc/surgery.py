@@ -15,7 +15,7 @@ from lcc.calls import Calls, record_calls, sole_norms
 from lcc.errors import RecipeError
 from lcc.methods import LowCostOp
 from lcc.plan import Plan, Site
-from lcc.residuals import residual_step
+from lcc.residuals import residual_step, shortcut_convs
 from lcc.specs import ConvSpec, Size, StepSpec
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
     layers = [module for module in names if isinstance(module, nn.Conv2d | LowCostOp)]
     # Before the passes below put hooks on them.
     steps = {module: step for module in names if (step := residual_step(module)) is not None}
+    skips = {conv for module in names for conv in shortcut_convs(module)}
     calls = record_calls(model, layers, list(steps), example)
     norms = sole_norms(model, {layer: calls[layer] for layer in layers}, example)
     found = [module for module in names if module in calls]
@@ -63,6 +64,7 @@ def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
                 sizes=_sizes(calls[module], spec),
                 aliases=tuple(names[module][1:]),
                 norm=norms.get(module),
+                shortcut=module in skips,
                 obstacle=obstacle,
             )
         )

@@ -17,7 +17,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from lcc.counts import count_macs
 from lcc.methods.linear_mix import LinearMix
-from lcc.residuals import residual_step
+from lcc.residuals import residual_step, shortcut_convs
 from lcc.specs import Activation, ConvSpec, Size, StepSpec
 from lcc.zoo import ZOO
 
@@ -334,6 +334,36 @@ def test_a_residual_block_that_can_not_be_taken_says_why(name):
 
 def test_a_refused_block_still_says_how_wide_it_is():
     assert residual_step(hooked()).spec.channels == 4
+
+
+# Which convolutions are on the skip
+
+
+def one():
+    return nn.Sequential(nn.AvgPool2d(1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+
+SKIPS = {
+    "a projection": (Adds(lambda m, x, y: m.s(x) + y, s=one()), ["s.1"]),
+    "the other way round": (Adds(lambda m, x, y: F.relu(y + m.s(x)), s=one()), ["s.1"]),
+    "an activation without a name": (Adds(lambda m, x, y: m.a(y + m.s(x)), s=one(), a=nn.PReLU()), ["s.1"]),
+    "the rest of a network": (
+        Adds(lambda m, x, y: m.fc((m.s(x) + y).mean((2, 3))), s=one(), fc=nn.Linear(4, 2)), ["s.1"]),
+    "behind a layer of both": (
+        Adds(lambda m, _, y: m.s(y) + m.t(y), s=one(), t=two_convs(), branch=nn.ReLU()), ["s.1"]),
+    "an identity": (Block(4), []),
+    "no convolution": (Adds(lambda m, x, y: m.s(x) + y, s=nn.AvgPool2d(1)), []),
+    "as many on both sides": (Adds(lambda m, x, y: m.s(x) + y, s=two_convs()), []),
+    "no sum": (two_convs(), []),
+    "two inputs": (Adds(lambda m, x, y: (m.s(x), y), s=one()), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SKIPS)
+def test_the_convolutions_on_the_skip_are_told(name):
+    block, wanted = SKIPS[name]
+    names = {module: name for name, module in block.named_modules()}
+    assert [names[conv] for conv in shortcut_convs(block.eval())] == wanted
 
 
 # What a step is made of

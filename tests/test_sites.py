@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from hosts import (
@@ -41,6 +42,7 @@ from lcc.errors import SourceError
 from lcc.methods.reaction_diffusion import RdExplicit
 from lcc.specs import Cost, Size
 from lcc.surgery import find_sites, replace_
+from lcc.zoo import ZOO
 
 HOSTS = (TinyResNet, PreActivation, TwoParents, CalledTwice, Tied, TiedAutoencoder, ReadsWeight)
 
@@ -379,6 +381,38 @@ def test_a_convolution_called_by_keyword_is_refused():
     model = nn.ModuleDict({"conv": conv3(3)}).double()
     model.forward = lambda x: model.conv(input=x)
     assert "keyword" in obstacle_of(model)
+
+
+# The skip paths of residual blocks
+
+
+def projections(*stages):
+    return [f"layer{stage}.0.downsample.0" for stage in stages]
+
+
+SHORTCUTS = {
+    "torchvision resnet18": (torchvision.models.resnet18, projections(2, 3, 4)),
+    "torchvision resnet50": (torchvision.models.resnet50, projections(1, 2, 3, 4)),
+    "timm resnet18": (lambda: timm.create_model("resnet18"), projections(2, 3, 4)),
+    "timm resnet50": (lambda: timm.create_model("resnet50"), projections(1, 2, 3, 4)),
+    "timm resnet26d": (
+        lambda: timm.create_model("resnet26d"),
+        [f"layer{stage}.0.downsample.1" for stage in (1, 2, 3, 4)],
+    ),
+    "timm resnetv2_18": (
+        lambda: timm.create_model("resnetv2_18"),
+        [f"stages.{stage}.blocks.0.downsample.conv" for stage in (1, 2, 3)],
+    ),
+    "torchvision mobilenet_v2": (torchvision.models.mobilenet_v2, []),
+    "zoo cifar_resnet20": (ZOO["cifar_resnet20"], []),
+}
+
+
+@pytest.mark.parametrize("name", SHORTCUTS)
+def test_the_convolutions_on_a_skip_path_are_marked(name):
+    factory, wanted = SHORTCUTS[name]
+    sites = sites_of(factory().eval(), torch.randn(1, 3, 64, 64))
+    assert [name for name, site in sites.items() if site.shortcut] == wanted
 
 
 # The BatchNorm that alone consumes an output
