@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 Activation = Literal["relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu"]
+SiteKind = Literal["conv", "step", "transition"]
 
 
 class Frozen(BaseModel):
@@ -120,7 +121,8 @@ class StepSpec(Frozen):
     """A residual step post(x + F(x)) on (N, C, H, W), identity skip, stride 1: what F is made of.
 
     A transition is its stage-changing relative: post(S(x) + F(x)), or F(x) alone, with another width or a
-    stride. `channels` come out, `in_channels` (None: as many) go in; `shortcut` is what S convolves with.
+    stride. `channels` come out, `in_channels` (None: as many) go in. `shortcut` is what S convolves with: it
+    sees the input, or less where S pools first, and gives a map of the output's size.
     `convs` are F's convolutions in order of call, `squeeze` those (and linear layers) that see a map pooled
     to 1x1 (squeeze-and-excitation). `in_a_row`: each sees what the one before it gave, and nothing else.
     `norm_params` counts what its normalisations store. `activation` is the first one inside F, if it is one
@@ -174,7 +176,7 @@ class StepSpec(Frozen):
         """Cost of the step itself on one image of this size."""
         one = Size(height=1, width=1)
         macs = sum(conv.cost(one).macs for conv in self.squeeze)
-        macs += sum(conv.cost(size).macs for conv in self.shortcut)
+        macs += sum(conv.weights * self.out_size(size).pixels for conv in self.shortcut)
         for conv in self.convs:
             macs += conv.cost(size).macs
             size = conv.out_size(size) if self.is_transition else size
@@ -190,6 +192,13 @@ class StepSpec(Frozen):
             return f"step {self.channels}: {', '.join(parts)}{squeeze}"
         stride = f" /{self.stride[0]}" if self.stride != (1, 1) else ""
         return f"transition {self.channels_in}->{self.channels}{stride}: {', '.join(parts)}{squeeze}"
+
+
+def kind_of(spec: ConvSpec | StepSpec) -> SiteKind:
+    """Return what kind of site is described so."""
+    if isinstance(spec, ConvSpec):
+        return "conv"
+    return "transition" if spec.is_transition else "step"
 
 
 def _in_a_step(conv: ConvSpec) -> str:
