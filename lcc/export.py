@@ -15,7 +15,6 @@ import onnx
 import onnxruntime
 import onnxscript
 import torch
-from onnxscript import ir
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -25,7 +24,7 @@ from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.lowering import lower_
 from lcc.manifest import FORMAT
 from lcc.methods import LowCostOp
-from lcc.onnx_export import INPUT, export_graph
+from lcc.onnx_export import INPUT, export_graph, to_file
 from lcc.onnx_graph import to_half
 from lcc.onnx_runtime import Session, first_line
 from lcc.specs import Frozen, Size
@@ -117,7 +116,7 @@ def to_onnx(
             to_half(model)
         lowered = _in_words(chosen)
         model.metadata_props.update(_metadata(loaded, plan, lowered, half=half))
-        data = ir.to_proto(model).SerializeToString()
+        data = to_file(model)
         parity = _check(data, images, wanted, tolerance)
         part.write_bytes(data)
     return Exported(

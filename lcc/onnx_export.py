@@ -70,14 +70,24 @@ def export_graph(
     return model
 
 
+def to_file(model: ir.Model) -> bytes:
+    """Return the graph as the bytes of a file, without the types of initializers, which state their own."""
+    proto = ir.to_proto(model)
+    named = {initializer.name for initializer in proto.graph.initializer}
+    for index in reversed(range(len(proto.graph.value_info))):
+        if proto.graph.value_info[index].name in named:
+            del proto.graph.value_info[index]
+    data: bytes = proto.SerializeToString()
+    return data
+
+
 def layer_file(layer: nn.Module, example: Tensor) -> bytes:
     """Return a lowered layer (put in eval mode) as an ONNX file for inputs like `example` (N, C, H, W).
 
     Raises: CheckFailedError: the exporter can't do it.
     """
     two = torch.randn(2, *example.shape[1:])  # a batch of one would be frozen
-    data: bytes = ir.to_proto(export_graph(layer.eval(), two, LAYER_OPSET)).SerializeToString()
-    return data
+    return to_file(export_graph(layer.eval(), two, LAYER_OPSET))
 
 
 def _check_opset(model: ir.Model, opset: int) -> None:

@@ -100,7 +100,7 @@ class Stepper:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self.optimizer.step()
         if self.ema is not None:
-            self.ema.update(self.model, step + 1)
+            _follow_(self.ema.module, self.model, self.ema.get_decay(step + 1))
         return loss.detach(), (logits.detach().argmax(dim=1) == y).sum()
 
     def _loss(self, logits: Tensor, targets: Tensor, taught: Tensor | None) -> Tensor:
@@ -144,6 +144,21 @@ class Stepper:
             raise TrainingError("can't resume: the checkpoint is of another network") from error
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+@torch.no_grad()
+def _follow_(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the average towards the model, a tensor that several layers share once.
+
+    timm's own update goes by names, and would move it once for each of them.
+    """
+    states = (each.state_dict(keep_vars=True).values() for each in (average, model))
+    pairs = {id(mine): (mine, new) for mine, new in zip(*states, strict=True)}.values()
+    moving = [(mine, new) for mine, new in pairs if mine.is_floating_point()]
+    torch._foreach_lerp_([mine for mine, _ in moving], [new for _, new in moving], 1 - decay)
+    for mine, new in pairs:
+        if not mine.is_floating_point():
+            mine.copy_(new)
 
 
 def _accelerator(device: torch.device, precision: str) -> Any:

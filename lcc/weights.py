@@ -47,16 +47,20 @@ class Checkpoint:
 
 
 class Comparison(NamedTuple):
-    """A file's names and shapes beside a network's; `reshaped` is (name, in the file, in the network)."""
+    """A file's names and shapes beside a network's; `reshaped` is (name, in the file, in the network).
+
+    `parted`: one tensor with an earlier name in the network, but other numbers in the file.
+    """
 
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    parted: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
         """Whether the file can be loaded as it is."""
-        return not (self.missing or self.unexpected or self.reshaped)
+        return not any(self)
 
     @property
     def classes(self) -> tuple[int, int] | None:
@@ -79,6 +83,7 @@ class Comparison(NamedTuple):
             "missing": self.missing,
             "not in the network": self.unexpected,
             "of another shape": reshaped,
+            "shared in the network, not in the file": self.parted,
         }
         return "; ".join(f"{len(names)} {what} ({_first(names)})" for what, names in listed.items() if names)
 
@@ -147,12 +152,25 @@ def load_into_(model: nn.Module, tensors: dict[str, Tensor]) -> Comparison:
     wanted = model.state_dict()
     comparison = compare(shapes(tensors), shapes(wanted))
     if comparison.fits:
+        comparison = comparison._replace(parted=_parted(tensors, wanted))
+    if comparison.fits:
         # The model's own state dict carries its modules' versions: they take no name for an older one.
         wanted.update(tensors)
         model.load_state_dict(wanted)
-    elif not comparison.reshaped:
+    elif not (comparison.reshaped or comparison.parted):
         return _load_older_(model, tensors) or comparison
     return comparison
+
+
+def _parted(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the names of tensors that the network holds once, under an earlier name, and the file apart."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    owners = {
+        name: first.setdefault((tensor.data_ptr(), tensor.shape), name)
+        for name, tensor in wanted.items()
+        if tensor.numel() and name in tensors
+    }
+    return tuple(name for name, owner in owners.items() if not torch.equal(tensors[name], tensors[owner]))
 
 
 def _load_older_(model: nn.Module, tensors: dict[str, Tensor]) -> Comparison | None:

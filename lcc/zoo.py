@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lcc.paper_networks import PAPER_NETWORKS
+from lcc.sharing_networks import SHARING_NETWORKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,4 +89,5 @@ def _stage(in_channels: int, channels: int, blocks: int) -> nn.Sequential:
 ZOO: dict[str, Callable[..., nn.Module]] = {
     **{f"cifar_resnet{6 * blocks + 2}": partial(CifarResNet, blocks) for blocks in (3, 5, 7, 9, 18)},
     **PAPER_NETWORKS,
+    **SHARING_NETWORKS,
 }
