@@ -130,7 +130,7 @@ def layer_rows(sites: tuple[Site, ...], plan: Plan, fits: dict[str, Fit]) -> tup
             size=site.sizes[0],
             method=str(methods[site.name]),
             before=site.cost(),
-            after=site.cost_with(methods[site.name]),
+            after=site.cost_with(methods[site.name], first=plan.is_first(site.name)),
             fit=fits.get(site.name),
         )
         for site in sites

@@ -43,10 +43,14 @@ class Site(Frozen):
         macs = sum(self.spec.cost(size).macs for size in self.sizes)
         return Cost(params=self.spec.params, macs=macs)
 
-    def cost_with(self, method: Method) -> Cost:
-        """Cost of the site if `method` took it, counted the same way; a site never called has no cost."""
+    def cost_with(self, method: Method, *, first: bool = True) -> Cost:
+        """Cost of the site if `method` took it, counted the same way; a site never called has no cost.
+
+        What a bank has in common counts for the `first` of its sites alone.
+        """
         costs = [method.cost(self.spec, size) for size in self.sizes]
-        return Cost(params=costs[0].params, macs=sum(cost.macs for cost in costs))
+        common = 0 if first else method.shared_params(self.spec)
+        return Cost(params=costs[0].params - common, macs=sum(cost.macs for cost in costs))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -73,12 +77,9 @@ class Site(Frozen):
         reason = method.why_not(self.spec)
         if reason is not None:
             return reason
-        before, after = self.cost(), self.cost_with(method)
-        if after.cheaper_than(before):
+        if method.shares:  # told by the bank: `_lone`
             return None
-        if after.macs > before.macs:
-            return f"would not be cheaper: {after.macs:,} MACs instead of {before.macs:,}"
-        return f"would not be cheaper: {after.params:,} parameters instead of {before.params:,}"
+        return _not_cheaper(self.cost(), self.cost_with(method))
 
 
 class Rule(Frozen):
@@ -97,7 +98,7 @@ class Rule(Frozen):
 
 
 class Group(Frozen):
-    """A method and the sites it takes."""
+    """A method and the sites it takes; of a method that shares, one bank."""
 
     method: AnyMethod
     sites: tuple[str, ...]
@@ -121,6 +122,10 @@ class Plan(Frozen):
     groups: tuple[Group, ...] = ()
     kept: tuple[Kept, ...] = ()
     steps: dict[str, StepSpec] = Field(default_factory=dict)
+
+    def is_first(self, site: str) -> bool:
+        """Whether a converted site counts what it shares: the first of a bank, and every other site."""
+        return not any(group.method.shares and site in group.sites[1:] for group in self.groups)
 
     def methods(self) -> dict[str, Method]:
         """Return the method of every converted site, by name."""
@@ -159,7 +164,7 @@ def decide(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> Plan:
     inside a step that is replaced goes with it.
     Raises: RecipeError: a rule spells out a site that its method can't take, or that another one rules out.
     """
-    choices = [_choose(site, rules) for site in sites]
+    choices = _without_lone([_choose(site, rules) for site in sites])
     made: list[_Choice] = []
     ruled_out: dict[str, str] = {}
     for choice in sorted((c for c in choices if c.is_decision), key=lambda c: c.number):
@@ -170,17 +175,18 @@ def decide(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> Plan:
             raise RecipeError(_refusal(choice.site, choice.method, reason))
         else:
             ruled_out[choice.site.name] = reason
-    taken: dict[Method, list[str]] = {}
+    taken: dict[tuple[Method, object], list[str]] = {}
     kept: list[Kept] = []
     stands = {choice.site.name for choice in made}
     for choice in choices:
         site = choice.site
         if choice.method is not None and site.name in stands:
-            taken.setdefault(choice.method, []).append(site.name)
+            bank = isomorphism(site) if choice.method.shares else None
+            taken.setdefault((choice.method, bank), []).append(site.name)
         else:
             reason = ruled_out.get(site.name) or _inside(site, made) or choice.reason
             kept.append(Kept(site=site.name, reason=reason, kind=site.kind))
-    groups = tuple(Group(method=method, sites=tuple(names)) for method, names in taken.items())
+    groups = tuple(Group(method=method, sites=tuple(names)) for (method, _), names in taken.items())
     replaced = {name for names in taken.values() for name in names}
     steps = {s.name: s.spec for s in sites if s.name in replaced and isinstance(s.spec, StepSpec)}
     return Plan(groups=groups, kept=tuple(kept), steps=steps)
@@ -214,6 +220,48 @@ def _choose(site: Site, rules: tuple[Rule, ...]) -> _Choice:
             return _Choice(site, number, reason=reason)
         passed_over = passed_over or reason
     return _Choice(site, reason=passed_over or site.obstacle or NO_RULE)
+
+
+def isomorphism(site: Site) -> object:
+    """Return what sites have in common that may share a kernel: shape, stride, stage and part in a block.
+
+    A stage is what works at one size; a convolution on a shortcut is told from the others.
+    """
+    return site.spec, site.sizes, site.shortcut
+
+
+def _without_lone(choices: list[_Choice]) -> list[_Choice]:
+    """Return the choices without those of methods that share where there is nothing to share with."""
+    banks: dict[tuple[Method, object], list[Site]] = {}
+    for choice in choices:
+        if choice.method is not None and choice.method.shares:
+            banks.setdefault((choice.method, isomorphism(choice.site)), []).append(choice.site)
+    found = []
+    for choice in choices:
+        reason = None
+        if choice.method is not None and choice.method.shares:
+            reason = _lone(banks[choice.method, isomorphism(choice.site)], choice.method)
+        if reason is not None and choice.spelled_out and choice.method is not None:
+            raise RecipeError(_refusal(choice.site, choice.method, reason))
+        found.append(choice if reason is None else _Choice(choice.site, choice.number, reason=reason))
+    return found
+
+
+def _lone(bank: list[Site], method: Method) -> str | None:
+    """Return in words why these sites can't be a bank; None if they can."""
+    if len(bank) == 1:
+        return "no other convolution of its shape, stride, size and part in a block to share with"
+    before = sum((site.cost() for site in bank), Cost(params=0, macs=0))
+    costs = (site.cost_with(method, first=site is bank[0]) for site in bank)
+    return _not_cheaper(before, sum(costs, Cost(params=0, macs=0)))
+
+
+def _not_cheaper(before: Cost, after: Cost) -> str | None:
+    if after.cheaper_than(before):
+        return None
+    if after.macs > before.macs:
+        return f"would not be cheaper: {after.macs:,} MACs instead of {before.macs:,}"
+    return f"would not be cheaper: {after.params:,} parameters instead of {before.params:,}"
 
 
 def _ruled_out(choice: _Choice, made: list[_Choice]) -> str | None:

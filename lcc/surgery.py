@@ -21,6 +21,8 @@ from lcc.specs import ConvSpec, Size, StepSpec
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from lcc.methods import Method
+
 ODD_SUBCLASSES = {
     "Conv2dSame": "pads as its input's size demands",
     "Conv2dSameExport": "pads as its input's size demands",
@@ -81,15 +83,20 @@ def replace_(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     modules = dict(model.named_modules(remove_duplicate=False))
     originals: dict[str, nn.Module] = {}
     replacements: dict[nn.Module, LowCostOp] = {}
-    for site, method in plan.methods().items():
-        original, spec = _replaceable(site, modules.get(site), plan.steps.get(site))
-        reason = method.why_not(spec)
-        if reason is not None:
-            raise RecipeError(f"the plan converts {site!r} by {method}, which can't take it: {reason}")
-        operator = method.build(spec)
-        _match(operator, original)
-        originals[site] = original
-        replacements[original] = operator
+    for group in plan.groups:
+        method = group.method
+        bank: dict[nn.Module, LowCostOp] = {}
+        for site in group.sites:
+            original, spec = _replaceable(site, modules.get(site), plan.steps.get(site))
+            reason = method.why_not(spec)
+            if reason is not None:
+                raise RecipeError(f"the plan converts {site!r} by {method}, which can't take it: {reason}")
+            bank[original] = operator = method.build(spec)
+            _match(operator, original)
+            originals[site] = original
+        if method.shares:
+            _tie_(method, list(bank.values()), group.sites)
+        replacements |= bank
     for site, original in originals.items():
         if any(inner in replacements for inner in original.modules() if inner is not original):
             raise RecipeError(f"the plan converts {site!r} and something inside it; make a new plan")
@@ -98,6 +105,14 @@ def replace_(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
             if child in replacements:
                 parent._modules[key] = replacements[child]  # noqa: SLF001
     return originals
+
+
+def _tie_(method: Method, operators: list[LowCostOp], sites: tuple[str, ...]) -> None:
+    """Let a bank hold its weights once. Raises: RecipeError: its convolutions are not all of one shape."""
+    odd = next((i for i, operator in enumerate(operators) if operator.spec != operators[0].spec), None)
+    if odd is not None:
+        raise RecipeError(f"the plan shares one kernel between {sites[0]!r} and {sites[odd]!r}, which differ")
+    method.tie_(operators)
 
 
 def _replaceable(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
-from reference import circulant_reference, linear_mix_reference
+from reference import circulant_reference, linear_mix_reference, shared_reference
 from step_reference import step_reference
 from torch import nn
 
@@ -16,6 +16,7 @@ from lcc.methods import METHODS, LinearOp, Method
 from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
 from lcc.methods.reaction_diffusion import RdCirculant, RdExplicit, RdImplicit
+from lcc.methods.shared import Shared
 from lcc.specs import ConvSpec, Size, StepSpec
 
 SIZE = Size(height=9, width=7)
@@ -96,10 +97,20 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case(RdCirculant(boundary="periodic"), step(4, kernel=(3, 5))),
         Case(RdCirculant(), conv(4, padding=(1, 1))),
     ),
+    "shared": (
+        *(Case(Shared(), spec) for spec in SHAPES),
+        *(Case(Shared(scale=True), spec) for spec in SHAPES[:5]),
+        Case(Shared(), conv(6, out=4, padding=(1, 1), groups=2, bias=True)),
+        Case(Shared(scale=True), conv(4, kernel=(4, 2), padding=(1, 0), groups=4)),
+        Case(Shared(), conv(4, kernel=(1, 1), out=6, bias=True)),
+        Case(Shared(method=LinearMix()), SHAPES[1]),
+        Case(Shared(scale=True, method=LinearMix(group_size=2, stencil="cross")), SHAPES[2]),
+    ),
 }
 ORACLES = {
     "linear_mix": linear_mix_reference,
     "circulant": circulant_reference,
+    "shared": shared_reference,
     **dict.fromkeys(("rd_explicit", "rd_implicit", "rd_circulant"), step_reference),
 }
 KERNELS = st.sampled_from([None, 3, 4, 5])
@@ -117,6 +128,9 @@ METHOD_STRATEGIES = {
     "rd_circulant": st.builds(
         RdCirculant, boundary=st.sampled_from(["zeros", "periodic"]), kernel_size=KERNELS
     ),
+    "shared": st.builds(
+        Shared, scale=st.booleans(), method=st.sampled_from([None, LinearMix(), LinearMix(group_size=2)])
+    ),
 }
 # Which cases go through ONNX Runtime, by index.
 ONNX = {
@@ -125,9 +139,16 @@ ONNX = {
     "rd_explicit": (0, 2, 4, 5),
     "rd_implicit": (0, 2, 4, 5, 6),
     "rd_circulant": (0, 1, 4, 6, 7),
+    "shared": (1, 11, 16, 17, 20),
 }
 # Whose output channels share one scale.
 ONE_SCALE = {"circulant"}
+
+
+def is_exact(case: Case) -> bool:
+    """Whether the operator can be what it replaces: a bank of one with a dense kernel."""
+    return isinstance(case.method, Shared) and case.method.method is None
+
 
 EVERY = [case for cases in CASES.values() for case in cases]
 # Linear in the input and in the weights, so that a projection exists.

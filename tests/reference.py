@@ -87,3 +87,26 @@ def linear_mix_reference(op, method, x):
         dilation=spec.dilation,
         mode=spec.padding_mode,
     )
+
+
+def shared_reference(op, method, x):
+    """The kernel of the bank, dense and group by group or another method's, then the site's own scale."""
+    if method.method is not None:
+        y = linear_mix_reference(op.kernel, method.method, x)
+    else:
+        spec, weight = op.spec, op.kernel.weight.detach().numpy()
+        dense = np.zeros((spec.out_channels, spec.in_channels, *spec.kernel_size))
+        per_group_out, per_group_in = spec.out_channels // spec.groups, spec.in_channels // spec.groups
+        for o in range(spec.out_channels):
+            first = o // per_group_out * per_group_in
+            dense[o, first : first + per_group_in] = weight[o]
+        y = conv_reference(
+            x,
+            dense,
+            None if op.kernel.bias is None else op.kernel.bias.detach().numpy(),
+            stride=spec.stride,
+            margin=margin_of(spec),
+            dilation=spec.dilation,
+            mode=spec.padding_mode,
+        )
+    return y if op.scale is None else y * op.scale.detach().numpy()[:, None, None]

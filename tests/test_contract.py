@@ -26,6 +26,7 @@ from cases import (
     SPECS,
     channels_of,
     inputs,
+    is_exact,
     operator,
     original,
     smooth_inputs,
@@ -152,6 +153,9 @@ def test_the_projection_is_the_closest_member_of_the_family(case):
         assert (conv.weight - near.dense_kernel()).norm() >= best
 
 
+ROUNDING = 1e-7  # an error of nothing, told from moments: the root of what float64 rounds a square to
+
+
 @pytest.mark.parametrize("case", CLOSED_FORMS, ids=str)
 @pytest.mark.parametrize("free_means", [False, True])
 def test_fitting_to_data_helps_on_held_out_images(case, free_means):
@@ -163,7 +167,10 @@ def test_fitting_to_data_helps_on_held_out_images(case, free_means):
     statistics.add(x[:25], conv(x[:25]))
     statistics.add(x[25:], conv(x[25:]))
     fit = op.fit_(statistics)
-    assert fit.relative_error < fit.start_error
+    if is_exact(case):
+        assert fit.relative_error < ROUNDING
+    else:
+        assert fit.relative_error < fit.start_error
     assert fit.samples == 40 * case.spec.out_size(SIZE).pixels
 
 
@@ -199,8 +206,10 @@ def test_the_reported_errors_equal_the_errors_recomputed(case, free_means):
         scale = wanted - (wanted.mean(axes, keepdim=True) if centred else 0)
         return float((got - wanted - shift).norm() / scale.norm())
 
-    assert fit.start_error == pytest.approx(error(before), abs=1e-12)
-    assert fit.relative_error == pytest.approx(error(op(x).detach()), abs=1e-9)
+    assert fit.start_error == pytest.approx(error(before), abs=ROUNDING if is_exact(case) else 1e-12)
+    assert fit.relative_error == pytest.approx(
+        error(op(x).detach()), abs=ROUNDING if is_exact(case) else 1e-9
+    )
 
 
 @pytest.mark.parametrize("case", CLOSED_FORMS, ids=str)

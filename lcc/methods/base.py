@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
+from pydantic import PlainValidator, SerializeAsAny
 from torch import Tensor, nn
 
 from lcc.ops.fit import relative_error
-from lcc.specs import ConvSpec, Cost, Frozen, Size, StepSpec
+from lcc.ops.sampling import SampledGrams
+from lcc.specs import ConvSpec, Cost, Frozen, SiteKind, Size, StepSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-SiteKind = Literal["conv", "step", "transition"]
 Spec = Any  # a ConvSpec or a StepSpec: a method is asked only about the kinds of site that it takes
 
 
@@ -114,6 +116,7 @@ class LinearOp(LowCostOp):
     """An operator that is linear in its input: a convolution with a structured kernel, plus a bias."""
 
     spec: ConvSpec
+    one_scale: bool = False  # its output channels have their size in common
 
     @abstractmethod
     def dense_kernel(self) -> Tensor:
@@ -136,6 +139,40 @@ class LinearOp(LowCostOp):
         return Fit(how="weights", kernel_error=relative_error(lost, kernel.square()))
 
     @abstractmethod
+    def statistics(self, *, free_means: bool) -> Any:
+        """Return an empty accumulator of the Gram matrices of this operator's regressors."""
+
+    @abstractmethod
+    def free_weights(self) -> Any:
+        """Return the non-redundant weights in float64, in the form that the Gram matrices take."""
+
+    @abstractmethod
+    def set_free_weights_(self, weights: Any) -> None:
+        """Take on such weights."""
+
+    @torch.no_grad()
+    def fit_(self, statistics: Statistics) -> Fit:
+        """Take on the ridge least-squares weights; the ridge pulls towards the present ones.
+
+        The ridge is the one with the least error on held-out images; the weights then use all of them. Where
+        none beats the start there, the start stays, and the ridge is None.
+        """
+        if not isinstance(statistics, SampledGrams):
+            raise TypeError("these statistics were made by another kind of operator")
+        found = statistics.best(self.free_weights())
+        self.set_free_weights_(found.weights)
+        bias: Tensor | None = getattr(self, "bias", None)
+        if bias is not None:
+            bias.copy_(found.moments.intercept(found.weights).flatten())
+        return Fit(
+            how="data",
+            start_error=found.start_error,
+            relative_error=found.relative_error,
+            ridge=found.ridge,
+            samples=found.moments.count,
+        )
+
+    @abstractmethod
     def scale_(self, factor: Tensor) -> None:
         """Multiply the output by `factor`, one number per output channel, by way of the weights."""
 
@@ -154,6 +191,7 @@ class Method(Frozen, ABC):
     paper: ClassVar[str]
     kinds: ClassVar[frozenset[SiteKind]]
     by_name_only: ClassVar[frozenset[SiteKind]] = frozenset()  # kinds taken only where a rule spells one out
+    shares: ClassVar[bool] = False  # a plan's group of it is one bank: operators that have weights in common
 
     @abstractmethod
     def why_not(self, spec: Spec) -> str | None:
@@ -167,6 +205,21 @@ class Method(Frozen, ABC):
     def build(self, spec: Spec) -> LowCostOp:
         """Return the operator with freshly initialised weights."""
 
+    def shared_params(self, spec: Spec) -> int:  # noqa: ARG002  # most have none
+        """Return how many of the parameters in `cost` all operators of a bank have in common."""
+        return 0
+
+    def tie_(self, operators: Sequence[LowCostOp]) -> None:
+        """Make the operators of a bank hold the same tensors for what they have in common."""
+
+    def project_bank_(self, operators: Sequence[LowCostOp], originals: Sequence[nn.Module]) -> list[Fit]:
+        """As `project_`, for all operators of a bank together."""
+        return [op.project_(original) for op, original in zip(operators, originals, strict=True)]
+
+    def fit_bank_(self, operators: Sequence[LowCostOp], statistics: Sequence[Statistics]) -> list[Fit]:
+        """As `fit_`, for all operators of a bank together."""
+        return [op.fit_(seen) for op, seen in zip(operators, statistics, strict=True)]
+
     def hyperparameters(self) -> Iterator[tuple[str, object]]:
         """Yield (name, value) of every hyperparameter."""
         return ((key, value) for key, value in self if key != "name")
@@ -178,3 +231,22 @@ class Method(Frozen, ABC):
             if value != type(self).model_fields[key].default
         ]
         return self.name + (f"({', '.join(changed)})" if changed else "")
+
+
+METHODS: dict[str, type[Method]] = {}  # filled in lcc.methods, where all of them are known
+
+
+def parse_method(value: Any) -> Method:
+    """Return the method that a mapping with a `name` describes. Raises: ValueError with the known names."""
+    if isinstance(value, Method):
+        return value
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise ValueError('a method is a table with a name, such as { name = "linear_mix" }')
+    kind = METHODS.get(value["name"])
+    if kind is None:
+        raise ValueError(f"no method is called {value['name']!r}; known: {', '.join(METHODS)}")
+    return kind.model_validate_json(json.dumps(value))
+
+
+# A tagged union that reads from the table: a field typed as the abstract Method would dump as {}.
+AnyMethod = Annotated[SerializeAsAny[Method], PlainValidator(parse_method)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcc.methods.base import Fit, LinearOp, Lowering, Method, SiteKind
+from lcc.methods.base import LinearOp, Lowering, Method, SiteKind
 from lcc.methods.frozen import frozen_conv
 from lcc.ops import circulant
 from lcc.ops.frequency_fit import FrequencyGram
@@ -25,8 +25,6 @@ from lcc.specs import ConvSpec, Cost, Size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from lcc.methods.base import Statistics
 
 
 class Circulant(Method):
@@ -73,6 +71,8 @@ class Circulant(Method):
 class CirculantOp(LinearOp):
     """A convolution with the kernel W[i, j] = theta[(j - i) mod C]; theta is (C, kh, kw)."""
 
+    one_scale = True
+
     def __init__(self, method: Circulant, spec: ConvSpec) -> None:
         super().__init__(method, spec)
         channels, (kh, kw) = spec.in_channels, spec.kernel_size
@@ -110,26 +110,14 @@ class CirculantOp(LinearOp):
         """Return an empty accumulator of the moments at every channel frequency."""
         return CirculantStatistics(self, free_means=free_means)
 
-    @torch.no_grad()
-    def fit_(self, statistics: Statistics) -> Fit:
-        """Take on the ridge least-squares weights; the ridge pulls towards the present ones.
+    def free_weights(self) -> Tensor:
+        """Return theta in float64, (C, T)."""
+        return self.theta.detach().double().flatten(1)
 
-        The ridge is the one with the least error on held-out images; the weights then use all of them. Where
-        none beats the start there, the start stays, and the ridge is None.
-        """
-        if not isinstance(statistics, CirculantStatistics):
-            raise TypeError("these statistics were made by another kind of operator")
-        found = statistics.best(self.theta.detach().double().flatten(1))
-        self.theta.copy_(found.weights.reshape(self.theta.shape))
-        if self.bias is not None:
-            self.bias.copy_(found.moments.intercept(found.weights))
-        return Fit(
-            how="data",
-            start_error=found.start_error,
-            relative_error=found.relative_error,
-            ridge=found.ridge,
-            samples=found.moments.count,
-        )
+    @torch.no_grad()
+    def set_free_weights_(self, weights: Tensor) -> None:
+        """Take on such weights."""
+        self.theta.copy_(weights.reshape(self.theta.shape))
 
     @torch.no_grad()
     def scale_(self, factor: Tensor) -> None:

@@ -7,21 +7,18 @@ convolution whose kernel is zero wherever a tap is neither at the centre nor ins
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcc.methods.base import Fit, LinearOp, Lowering, Method, SiteKind
+from lcc.methods.base import LinearOp, Lowering, Method, SiteKind
 from lcc.ops.fit import ArrowGram, ArrowWeights
 from lcc.ops.padding import pad
 from lcc.ops.sampling import SampledGrams
 from lcc.specs import ConvSpec, Cost, Size
-
-if TYPE_CHECKING:
-    from lcc.methods.base import Statistics
 
 Stencil = Literal["square", "cross", "horizontal", "vertical"]
 
@@ -176,27 +173,6 @@ class LinearMixOp(LinearOp):
         return LinearMixStatistics(self, free_means=free_means)
 
     @torch.no_grad()
-    def fit_(self, statistics: Statistics) -> Fit:
-        """Take on the ridge least-squares weights; the ridge pulls towards the present ones (the mask).
-
-        The ridge is the one with the least error on held-out images; the weights then use all of them. Where
-        none beats the start there, the start stays, and the ridge is None.
-        """
-        if not isinstance(statistics, LinearMixStatistics):
-            raise TypeError("these statistics were made by another kind of operator")
-        found = statistics.best(self._weights())
-        self._set_weights(found.weights)
-        if self.bias is not None:
-            self.bias.copy_(found.moments.intercept(found.weights).flatten())
-        return Fit(
-            how="data",
-            start_error=found.start_error,
-            relative_error=found.relative_error,
-            ridge=found.ridge,
-            samples=found.moments.count,
-        )
-
-    @torch.no_grad()
     def scale_(self, factor: Tensor) -> None:
         """Multiply the output by `factor` (C_out,), by way of the weights."""
         for branch in (self.spatial, self.pointwise):
@@ -288,7 +264,7 @@ class LinearMixOp(LinearOp):
             )
         ]
 
-    def _weights(self) -> ArrowWeights:
+    def free_weights(self) -> ArrowWeights:
         """The non-redundant weights: all centre taps as common, the others as private, in float64."""
         dense = self.dense_kernel().double()
         taps = self.off_centre_taps()
@@ -298,7 +274,9 @@ class LinearMixOp(LinearOp):
         shape = (self.channel_groups, self.out_channels // self.channel_groups, -1)
         return ArrowWeights(common=centre.reshape(shape), private=inside.reshape(shape))
 
-    def _set_weights(self, weights: ArrowWeights) -> None:
+    @torch.no_grad()
+    def set_free_weights_(self, weights: ArrowWeights) -> None:
+        """Take on such weights."""
         taps = self.off_centre_taps()
         centre = weights.common.flatten(0, 1)
         rows, columns = self._group_index(centre.device)
