@@ -15,7 +15,9 @@ from onnxscript import ir
 from lcc import __version__
 from lcc.errors import CheckFailedError, RecipeError
 from lcc.onnx_channels import split_multipliers
-from lcc.onnx_graph import drop_unused, fold_batch_norms, order_sums, share_constants, strip
+from lcc.onnx_constants import drop_unused, readers, separate, share_constants
+from lcc.onnx_graph import order_sums, strip
+from lcc.onnx_norms import fold_batch_norms, fold_scales
 from lcc.onnx_padding import is_wrap, wraps_as_convs
 from lcc.onnx_runtime import first_line
 
@@ -50,14 +52,19 @@ def export_graph(
                 external_data=False,
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
+                optimize=False,
             )
+            assert program is not None  # only the legacy exporter gives None
+            before = readers(program.model)
+            program.optimize()
         except Exception as error:  # the exporter raises what any of its stages raises
             raise CheckFailedError(
                 f"torch's ONNX exporter can't take this network: {first_line(error)}"
             ) from error
-    assert program is not None  # only the legacy exporter gives None
     model = program.model
     _refuse_fourier(model, operators)
+    separate(model, before)
+    fold_scales(model)
     fold_batch_norms(model)
     order_sums(model)
     split_multipliers(model)
@@ -71,12 +78,9 @@ def export_graph(
 
 
 def to_file(model: ir.Model) -> bytes:
-    """Return the graph as the bytes of a file, without the types of initializers, which state their own."""
+    """Return the graph as the bytes of a file, without the shapes between nodes, which its reader infers."""
     proto = ir.to_proto(model)
-    named = {initializer.name for initializer in proto.graph.initializer}
-    for index in reversed(range(len(proto.graph.value_info))):
-        if proto.graph.value_info[index].name in named:
-            del proto.graph.value_info[index]
+    del proto.graph.value_info[:]
     data: bytes = proto.SerializeToString()
     return data
 

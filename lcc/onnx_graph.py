@@ -1,26 +1,26 @@
-"""Rewrites of an exported graph after which ONNX Runtime fuses everything it can.
+"""Reading and rewriting an exported graph, so that ONNX Runtime fuses everything it can.
 
 ONNX Runtime's own optimiser folds a BatchNorm into one convolution and adds one residual inside it. A
-low-cost operator is a sum of convolutions: its BatchNorm has to go into every term, and its residual has to
-come first in the sum. Both keep the function; only rounding changes.
+low-cost operator is a sum of convolutions: its BatchNorm has to go into every term (`onnx_norms`), and its
+residual has to come first in the sum. Both keep the function; only rounding changes.
 """
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import onnx
 from onnxscript import ir
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
 
 T = TypeVar("T")
-
-DEFAULT_EPSILON = 1e-5  # of BatchNormalization, where the node states none
 
 
 def there(item: T | None) -> T:
@@ -54,27 +54,38 @@ def only_use(value: ir.Value | None) -> bool:
     return value is not None and len(value.uses()) == 1 and not value.is_graph_output()
 
 
+def conv_of(value: ir.Value | None) -> ir.Node | None:
+    """Return the convolution, its kernel known, that makes this value for one reader."""
+    node = value.producer() if value is not None and only_use(value) else None
+    return (
+        node if node is not None and node.op_type == "Conv" and constant(node.inputs[1]) is not None else None
+    )
+
+
 def own_conv(value: ir.Value | None) -> ir.Node | None:
     """Return the convolution that makes this value for one reader, from a kernel that nothing else uses."""
-    node = value.producer() if value is not None and only_use(value) else None
-    if node is None or node.op_type != "Conv" or constant(node.inputs[1]) is None:
-        return None
-    return node if only_use(node.inputs[1]) else None
+    node = conv_of(value)
+    return node if node is not None and only_use(node.inputs[1]) else None
+
+
+def unused_name(graph: ir.Graph, stem: str) -> str:
+    """Return the stem as a name for a new initializer, numbered where it is taken."""
+    name, number = stem, 1
+    while name in graph.initializers:
+        name, number = f"{stem}.{number}", number + 1
+    return name
 
 
 def set_constant(node: ir.Node, index: int, array: Array) -> None:
     """Make `array` the node's input at `index`, under the name of what it replaces where there is one."""
-    initializers = there(node.graph).initializers
+    graph = there(node.graph)
     if len(node.inputs) <= index:
         node.resize_inputs(index + 1)
     old = node.inputs[index]
-    stem = f"{node.outputs[0].name}.{index}" if old is None else there(old.name)
-    name, number = stem, 1
-    while name in initializers:
-        name, number = f"{stem}.{number}", number + 1
+    name = unused_name(graph, f"{node.outputs[0].name}.{index}" if old is None else there(old.name))
     value = ir.Value(name=name, const_value=ir.tensor(np.ascontiguousarray(array), name=name))
     value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-    initializers[name] = value
+    graph.initializers[name] = value
     node.replace_input_with(index, value)
 
 
@@ -97,41 +108,6 @@ def sum_terms(value: ir.Value) -> tuple[list[ir.Value], list[ir.Node]]:
     return terms, [*adds, node]
 
 
-def fold_batch_norms(model: ir.Model) -> int:
-    """Fold every BatchNorm into the convolutions whose sum it normalises; return how many.
-
-    All kernels are scaled, the shift goes to one of them. A kernel that several nodes share stays shared, and
-    its BatchNorm stays.
-    """
-    folded = 0
-    for norm in list(model.graph):
-        if norm.op_type != "BatchNormalization" or not only_use(norm.inputs[0]):
-            continue
-        source = there(norm.inputs[0])
-        convs = [own_conv(term) for term in sum_terms(source)[0]]
-        if any(conv is None for conv in convs) or any(constant(value) is None for value in norm.inputs[1:]):
-            continue
-        scale, bias, mean, variance = (weights(norm, index).astype(np.float64) for index in (1, 2, 3, 4))
-        epsilon = norm.attributes["epsilon"].as_float() if "epsilon" in norm.attributes else DEFAULT_EPSILON
-        factor = scale / np.sqrt(variance + epsilon)
-        shift = bias - mean * factor
-        for conv in map(there, convs):
-            _scale_conv(conv, factor, shift)
-            shift = np.zeros_like(shift)
-        norm.outputs[0].replace_all_uses_with(source, replace_graph_outputs=True)
-        model.graph.remove(norm, safe=True)
-        folded += 1
-    return folded
-
-
-def _scale_conv(conv: ir.Node, factor: Array, shift: Array) -> None:
-    kernel, bias = weights(conv, 1), bias_of(conv)
-    set_constant(conv, 1, (kernel * factor.reshape(-1, *[1] * (kernel.ndim - 1))).astype(kernel.dtype))
-    if bias is not None or shift.any():
-        moved = shift if bias is None else bias * factor + shift
-        set_constant(conv, 2, moved.astype(kernel.dtype))
-
-
 def order_sums(model: ir.Model) -> int:
     """Order every sum so that its convolutions can each add what came before; return how many were changed.
 
@@ -145,7 +121,7 @@ def order_sums(model: ir.Model) -> int:
             continue
         terms, adds = sum_terms(node.outputs[0])
         inner.update(adds)
-        sizes = {term: weights(conv, 1).size for term in terms if (conv := own_conv(term)) is not None}
+        sizes = {term: weights(conv, 1).size for term in terms if (conv := _conv_behind(term)) is not None}
         if not sizes or len(terms) < 3:
             continue
         done, *rest = sorted(terms, key=lambda term: sizes.get(term, 0))
@@ -158,38 +134,25 @@ def order_sums(model: ir.Model) -> int:
     return changed
 
 
-def drop_unused(model: ir.Model) -> None:
-    """Drop the initializers that no node reads; ONNX Runtime warns of each."""
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses() and not value.is_graph_output():
-            del model.graph.initializers[name]
-
-
-def share_constants(model: ir.Model) -> int:
-    """Keep equal initializers once, such as the Fourier bases of many layers; return how many went."""
-    kept: dict[tuple[object, ...], ir.Value] = {}
-    shared = 0
-    for name, value in list(model.graph.initializers.items()):
-        array = there(constant(value))
-        key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
-        first = kept.setdefault(key, value)
-        if first is value or value.is_graph_output():
-            continue
-        value.replace_all_uses_with(first)
-        del model.graph.initializers[name]
-        shared += 1
-    return shared
+def _conv_behind(value: ir.Value) -> ir.Node | None:
+    """Return the convolution that makes this value alone, or with a BatchNorm that ONNX Runtime folds."""
+    node = value.producer()
+    if node is not None and node.op_type == "BatchNormalization" and only_use(value):
+        return conv_of(node.inputs[0])
+    return conv_of(value)
 
 
 def strip(model: ir.Model) -> None:
-    """Drop the exporter's notes: stack traces with the machine's paths, scopes, documentation."""
+    """Drop what says nothing: the exporter's notes, with the machine's paths, long names, stated defaults."""
     model.metadata_props.clear()
     model.doc_string = None
     graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for graph in graphs:
         _forget(graph)
-        for node in graph.all_nodes():
+        for number, node in enumerate(graph.all_nodes()):
             _forget(node)
+            node.name = f"{node.op_type}_{number}"
+            _drop_defaults(node, model.opset_imports)
             for value in node.outputs:
                 _forget(value)
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
@@ -199,6 +162,19 @@ def strip(model: ir.Model) -> None:
 def _forget(item: ir.Graph | ir.Function | ir.Node | ir.Value) -> None:
     item.metadata_props.clear()
     item.doc_string = None
+
+
+def _drop_defaults(node: ir.Node, opsets: Mapping[str, int]) -> None:
+    """Drop the attributes that say what the standard says of a node without them."""
+    if not onnx.defs.has(node.op_type, node.domain) or node.domain not in opsets:
+        return
+    schema = onnx.defs.get_schema(node.op_type, opsets[node.domain], node.domain)
+    for name, attribute in list(node.attributes.items()):
+        default = schema.attributes[name].default_value
+        if default.name and onnx.helper.get_attribute_value(default) == onnx.helper.get_attribute_value(
+            ir.to_proto(attribute)
+        ):
+            del node.attributes[name]
 
 
 def to_half(model: ir.Model) -> None:

@@ -1,15 +1,7 @@
 import numpy as np
-from onnx_graphs import make, op_types, outputs
+from onnx_graphs import make, outputs
 
-from lcc.onnx_graph import (
-    drop_unused,
-    fold_batch_norms,
-    groups_of,
-    order_sums,
-    share_constants,
-    sum_terms,
-    to_half,
-)
+from lcc.onnx_graph import groups_of, order_sums, strip, sum_terms, to_half
 
 SUM = """(float[N,4,6,6] x) => (float[N,4,6,6] y) {
     spatial = Conv<group=4, pads=[1,1,1,1]>(x, dw)
@@ -26,31 +18,6 @@ RESIDUAL = """(float[N,16,6,6] x) => (float[N,16,6,6] y) {
     y = Relu(total)
 }"""
 RESIDUAL_WEIGHTS = {"dw": (16, 1, 3, 3), "pw": (16, 16, 1, 1)}
-
-
-def test_a_batch_norm_is_folded_into_every_convolution_of_a_sum():
-    model = make(SUM, **SUM_WEIGHTS)
-    wanted = outputs(model)
-    assert fold_batch_norms(model) == 1
-    assert op_types(model) == ["Conv", "Conv", "Add"]
-    np.testing.assert_allclose(outputs(model), wanted, rtol=0, atol=1e-5)
-
-
-def test_a_batch_norm_behind_a_shared_kernel_stays_and_the_kernel_stays_shared():
-    text = """(float[N,4,6,6] x) => (float[N,4,6,6] y) {
-        a = Conv(x, pw)
-        b = BatchNormalization(a, scale, shift, mean, var)
-        y = Conv(b, pw)
-    }"""
-    model = make(text, pw=(4, 4, 1, 1), scale=4, shift=4, mean=4, var=4)
-    assert fold_batch_norms(model) == 0
-    assert op_types(model) == ["Conv", "BatchNormalization", "Conv"]
-    assert len(model.graph.initializers) == 5
-
-
-def test_a_batch_norm_of_a_sum_with_something_else_than_convolutions_stays():
-    model = make(SUM.replace("Conv(x, pw, bias)", "Relu(x)"), **SUM_WEIGHTS)
-    assert fold_batch_norms(model) == 0
 
 
 def test_a_residual_comes_first_in_a_sum_so_that_every_addition_finishes_a_convolution():
@@ -93,12 +60,6 @@ def test_an_addition_that_broadcasts_is_a_term_of_its_own():
     assert adds == []
 
 
-def test_unused_initializers_are_dropped():
-    model = make(RESIDUAL, **RESIDUAL_WEIGHTS, spare=3)
-    drop_unused(model)
-    assert set(model.graph.initializers) == {"dw", "pw"}
-
-
 def test_half_precision_keeps_float32_inputs_and_outputs():
     model = make(SUM, **SUM_WEIGHTS)
     wanted = outputs(model)
@@ -116,15 +77,45 @@ def test_half_precision_leaves_the_scales_of_a_resize_alone():
     assert outputs(model)[0].shape == (2, 4, 12, 12)
 
 
-def test_equal_constants_are_kept_once_and_others_are_not_touched():
-    text = """(float[N,4,6,6] x) => (float[N,4,6,6] y) {
-        a = Conv(x, first)
-        b = Conv(a, second)
-        y = Conv(b, other)
+def test_a_sum_of_shared_kernels_is_ordered_and_they_stay_shared():
+    text = """(float[N,16,6,6] x) => (float[N,16,6,6] y) {
+        first = Conv<group=16, pads=[1,1,1,1]>(x, dw)
+        second = Conv(x, pw)
+        half = Add(second, first)
+        whole = Add(half, x)
+        third = Conv<group=16, pads=[1,1,1,1]>(whole, dw)
+        fourth = Conv(whole, pw)
+        normal = BatchNormalization(fourth, scale, shift, mean, var)
+        more = Add(normal, third)
+        y = Add(more, whole)
     }"""
-    kernel = np.random.default_rng(1).standard_normal((4, 4, 1, 1)).astype(np.float32)
-    model = make(text, first=kernel, second=kernel.copy(), other=kernel + 1)
+    model = make(text, **RESIDUAL_WEIGHTS, **dict.fromkeys(("scale", "shift", "mean", "var"), 16))
     wanted = outputs(model)
-    assert share_constants(model) == 1
-    assert sorted(model.graph.initializers) == ["first", "other"]
+    assert order_sums(model) == 2
+    adds = [node for node in model.graph if node.op_type == "Add"]
+    assert [add.inputs[0].producer().op_type for add in adds] == [
+        "Conv",
+        "Conv",
+        "Conv",
+        "BatchNormalization",
+    ]
+    assert len(model.graph.initializers["dw"].uses()) == len(model.graph.initializers["pw"].uses()) == 2
+    np.testing.assert_allclose(outputs(model), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_names_and_attributes_that_say_nothing_are_dropped_and_the_others_stay():
+    text = """(float[N,4,6,6] x) => (float[N,4,6,6] y) {
+        a = Conv<group=1, auto_pad="NOTSET", pads=[1,1,1,1]>(x, kernel)
+        b = Conv<group=4>(a, pw)
+        c = BatchNormalization<epsilon=0.01, momentum=0.9>(b, scale, shift, mean, var)
+        y = LeakyRelu<alpha=0.2>(c)
+    }"""
+    vectors = dict.fromkeys(("scale", "shift", "mean", "var"), 4)
+    model = make(text, kernel=(4, 4, 3, 3), pw=(4, 1, 1, 1), **vectors)
+    wanted = outputs(model)
+    for node in model.graph:
+        node.name = "a_long_name_of_the_exporter_" + node.op_type
+    strip(model)
+    assert [set(node.attributes) for node in model.graph] == [{"pads"}, {"group"}, {"epsilon"}, {"alpha"}]
+    assert [node.name for node in model.graph] == ["Conv_0", "Conv_1", "BatchNormalization_2", "LeakyRelu_3"]
     np.testing.assert_array_equal(outputs(model), wanted)
