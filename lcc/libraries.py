@@ -23,7 +23,7 @@ from torchvision import models as vision
 from lcc.errors import SourceError
 from lcc.specs import Frozen
 from lcc.weights import Shapes, align, code_from_here, load_into_, one_line, shapes
-from lcc.zoo import ZOO
+from lcc.zoo import OF_IMAGENET, ZOO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -102,6 +102,7 @@ def candidates(path: Path) -> Iterator[tuple[str, Shapes]]:
     """Yield (source, shapes) of the networks that a file may be of, likely ones first.
 
     The zoo, torchvision's classifiers, and what of timm the name of the file or of its directory mentions.
+    The zoo's largest, which take as long to build as all of its others, come last.
     """
     hint = f"{path.parent.name}/{path.name}"
     known = [*timm.list_models(include_tags=True), *timm.list_models()]
@@ -110,10 +111,11 @@ def candidates(path: Path) -> Iterator[tuple[str, Shapes]]:
         vision.list_models(vision), key=lambda name: (name not in hint, "resnet" not in name)
     )
     yield from outlines(
-        *(f"zoo:{name}" for name in ZOO),
+        *(f"zoo:{name}" for name in ZOO if name not in OF_IMAGENET),
         *(f"timm:{name}" for name in mentioned if "." in name),
         *(f"torchvision:{name}" for name in classifiers),
         *(f"timm:{name}" for name in reversed(mentioned) if "." not in name),
+        *(f"zoo:{name}" for name in ZOO if name in OF_IMAGENET),
     )
 
 
@@ -272,14 +274,14 @@ def _timm_remarks(config: PretrainedCfg) -> tuple[str, ...]:
 def _zoo(name: str) -> Architecture:
     if name not in ZOO:
         raise _unknown("zoo", name)
-    source = f"zoo:{name}"
+    source, of_imagenet = f"zoo:{name}", name in OF_IMAGENET
     return Architecture(
         id=source,
         build=partial(_build_zoo, name),
         pretrained=partial(_no_weights, source),
-        preprocessing=CIFAR,
+        preprocessing=Preprocessing() if of_imagenet else CIFAR,
         default_id=source,
-        classes=10,
+        classes=1000 if of_imagenet else 10,
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lcc.mgic_networks import MGIC_NETWORKS
 from lcc.paper_networks import PAPER_NETWORKS
 from lcc.sharing_networks import SHARING_NETWORKS
 
@@ -90,4 +91,8 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
     **{f"cifar_resnet{6 * blocks + 2}": partial(CifarResNet, blocks) for blocks in (3, 5, 7, 9, 18)},
     **PAPER_NETWORKS,
     **SHARING_NETWORKS,
+    **MGIC_NETWORKS,
 }
+
+# What is not in it is for CIFAR: 10 classes, 32x32 pixels.
+OF_IMAGENET = frozenset(MGIC_NETWORKS)

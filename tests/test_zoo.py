@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lcc.mgic_networks import MGIC_NETWORKS
 from lcc.paper_networks import PAPER_NETWORKS
 from lcc.sharing_networks import SHARING_NETWORKS
 from lcc.zoo import ZOO, BasicBlock, CifarResNet, Subsample
@@ -46,7 +47,7 @@ def names_of_public_checkpoint(blocks: int) -> set[str]:
 
 
 def test_the_table_holds_the_networks_this_file_checks():
-    others = PAPER_NETWORKS | SHARING_NETWORKS
+    others = PAPER_NETWORKS | SHARING_NETWORKS | MGIC_NETWORKS
     assert ZOO.keys() - others.keys() == BLOCKS.keys() == PUBLISHED_MILLIONS.keys()
 
 
