@@ -1,4 +1,4 @@
-"""What the F of a residual step post(x + F(x)) is made of.
+"""What a residual step post(x + F(x)), or its stage-changing relative post(S(x) + F(x)), is made of.
 
 A trace down to the layers shows them; run on the meta device, it tells the sizes inside.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import operator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
-from torch.func import functional_call
+from torch import fx, nn
 from torch.nn import functional as F
 
 from lcc.methods import LowCostOp
+from lcc.shapes import SIDE, shapes_inside, size_in
 from lcc.specs import Activation, ConvSpec, StepSpec
 from lcc.tracing import (
     activation_of,
@@ -23,13 +24,16 @@ from lcc.tracing import (
     drop_rate,
     is_leaf,
     is_norm,
+    source,
     the_input,
     the_output,
     trace,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection
+
+    from lcc.shapes import Shapes
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # no public view
 # Products of two feature maps, and products with weights that no layer holds.
@@ -37,37 +41,53 @@ PRODUCTS = {
     operator.matmul, torch.matmul, torch.bmm, torch.einsum, torch.softmax, F.softmax,
     F.scaled_dot_product_attention, F.conv2d, F.linear, "matmul", "bmm", "softmax",
 }  # fmt: skip
-SIDE = 56  # of the input on which sizes inside are looked at: divisible by windows of 7 and 8
 
 
 class NotAStepError(Exception):
     """The module can't be described as a residual step; says why in words."""
 
 
-def anatomy(module: nn.Module, post: Activation | None) -> StepSpec:
-    """Return what F is made of. Raises: NotAStepError."""
+class _Roles(NamedTuple):
+    """The layers that mix channels, by where they are: on F's path, on the pooled map, on the skip."""
+
+    inside: list[fx.Node]
+    squeeze: list[fx.Node]
+    beside: list[fx.Node]
+
+
+def anatomy(
+    module: nn.Module, post: Activation | None, shortcut: Collection[nn.Module] | None = None
+) -> StepSpec:
+    """Return what a step is made of; with `shortcut`, a block that may change width and size.
+
+    `shortcut` holds the convolutions of its skip: none where the skip has no parameters, or there is no sum.
+    Raises: NotAStepError.
+    """
     _refuse_by_name(module)
     graph = trace(module, deep=True)
     if graph is None:
         raise NotAStepError("its layers can't be told by tracing it")
     modules = dict(module.named_modules(remove_duplicate=False))
-    calls = [n for n in graph.nodes if n.op == "call_module"]
-    layers = [modules[str(node.target)] for node in calls]
+    layers = [modules[str(node.target)] for node in graph.nodes if node.op == "call_module"]
     _refuse_by_use(module, graph, layers)
-    convs = [node for node in calls if isinstance(modules[str(node.target)], nn.Conv2d | nn.Linear)]
-    if not convs:
-        raise NotAStepError("no convolution in it")
-    channels, sizes = _sizes(module, graph, layers)
-    inside = [node for node in convs if not _sees_one_pixel(modules[str(node.target)], sizes, node)]
-    if not inside:
-        raise NotAStepError("no convolution of the whole map in it")
+    x, end = _ends(graph)
+    shapes = shapes_inside(module, graph, layers, as_given=shortcut is None)
+    if shapes is None:
+        raise NotAStepError(f"can't run on its own on an input of {SIDE}x{SIDE}, or gives another shape")
+    roles = _roles(graph, modules, shapes, shortcut)
     norms = [layer for layer in layers if is_norm(layer)]
     activations = [a for node in graph.nodes if (a := _activation(node, modules))]
+    if post is None and shortcut is not None:
+        post = _activation(source(end, modules), modules)
+    convs = tuple(_spec(modules[str(node.target)]) for node in roles.inside)
     spec = StepSpec(
-        channels=channels,
-        convs=tuple(_spec(modules[str(node.target)]) for node in inside),
-        squeeze=tuple(_spec(modules[str(node.target)]) for node in convs if node not in inside),
-        in_a_row=_in_a_row(graph, inside),
+        channels=shapes[end][1],
+        in_channels=None if shapes[x][1] == shapes[end][1] else shapes[x][1],
+        stride=(prod(conv.stride[0] for conv in convs), prod(conv.stride[1] for conv in convs)),
+        convs=convs,
+        squeeze=tuple(_spec(modules[str(node.target)]) for node in roles.squeeze),
+        shortcut=tuple(_spec(modules[str(node.target)]) for node in roles.beside),
+        in_a_row=_in_a_row(graph, roles),
         norm_params=sum(p.numel() for norm in norms for p in norm.parameters()),
         activation=next(iter(activations[:-1] if post else activations), None),
         post=post,
@@ -78,6 +98,8 @@ def anatomy(module: nn.Module, post: Activation | None) -> StepSpec:
     )
     if spec.params != sum(p.numel() for p in module.parameters()):
         raise NotAStepError("holds parameters that its layers do not use")
+    if shortcut is not None:
+        _refuse_by_size(spec, roles, shapes, x, end)
     return spec
 
 
@@ -132,6 +154,31 @@ def _refuse_by_use(module: nn.Module, graph: fx.Graph, layers: list[nn.Module]) 
         twice = next(layer for layer in holders if holders.count(layer) > 1)
         name = next(name for name, inner in module.named_modules() if inner is twice)
         raise NotAStepError(f"calls {name} more than once")
+    if not any(isinstance(layer, nn.Conv2d | nn.Linear) for layer in layers):
+        raise NotAStepError("no convolution in it")
+
+
+def _refuse_by_size(spec: StepSpec, roles: _Roles, shapes: Shapes, x: fx.Node, end: fx.Node) -> None:
+    """Refuse a block whose description would not tell the size of every map in it."""
+    if not spec.in_a_row:
+        raise NotAStepError("its convolutions do not follow one another")
+    size = size_in(shapes[x])
+    for node, conv in zip(roles.inside, spec.convs, strict=True):
+        if size_in(shapes[node.all_input_nodes[0]]) != size:
+            raise NotAStepError("something else than its convolutions changes the size of the map")
+        size = conv.out_size(size)
+    if {size, *(size_in(shapes[node]) for node in (*roles.beside, end))} != {
+        spec.out_size(size_in(shapes[x]))
+    }:
+        raise NotAStepError("gives another size than its strides say")
+
+
+def _ends(graph: fx.Graph) -> tuple[fx.Node, fx.Node]:
+    """Return the input and the output. Raises: NotAStepError: there are several."""
+    x, end = the_input(graph), the_output(graph)
+    if x is None or end is None:
+        raise NotAStepError("its layers can't be told by tracing it")
+    return x, end
 
 
 def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | None:
@@ -140,24 +187,50 @@ def _activation(node: fx.Node, modules: dict[str, nn.Module]) -> Activation | No
     return activation_of(node, modules)
 
 
-def _sees_one_pixel(layer: nn.Module, sizes: dict[fx.Node, tuple[int, ...]], node: fx.Node) -> bool:
+def _roles(
+    graph: fx.Graph,
+    modules: dict[str, nn.Module],
+    shapes: Shapes,
+    shortcut: Collection[nn.Module] | None,
+) -> _Roles:
+    """Return where the convolutions and linear layers are. Raises: NotAStepError: it can't be told."""
+    found = _Roles([], [], [])
+    for node in graph.nodes:
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            continue
+        if shortcut is not None and layer in shortcut:
+            found.beside.append(node)
+        elif _sees_one_pixel(layer, shapes, node, resizes=shortcut is not None):
+            found.squeeze.append(node)
+        else:
+            found.inside.append(node)
+    if not found.inside:
+        raise NotAStepError("no convolution of the whole map in it")
+    return found
+
+
+def _sees_one_pixel(layer: nn.Module, shapes: Shapes, node: fx.Node, *, resizes: bool) -> bool:
     """Whether a layer sees a map pooled to one pixel, not the whole. Raises: NotAStepError: neither."""
-    before, after = sizes[node.all_input_nodes[0]], sizes[node]
+    before, after = shapes[node.all_input_nodes[0]], shapes[node]
     if isinstance(layer, nn.Linear):
         if len(before) != 2:
             raise NotAStepError("linear mixing of the channels of every pixel in it (Linear)")
         return True
     if before[2:] == after[2:] and after[2:] in ((SIDE, SIDE), (1, 1)):
         return after[2:] == (1, 1)
+    if resizes:
+        return False
     raise NotAStepError("works at several resolutions inside")
 
 
-def _in_a_row(graph: fx.Graph, convs: list[fx.Node]) -> bool:
-    """Whether each convolution sees what the one before it gave, alone, and the sum that of the last."""
-    x, end = the_input(graph), the_output(graph)
-    assert x is not None
-    assert end is not None
-    stops = {x, *convs}
+def _in_a_row(graph: fx.Graph, roles: _Roles) -> bool:
+    """Whether each convolution sees what the one before it gave, alone, and the end that of the last.
+
+    The skip may give the end the input, or what it makes of that.
+    """
+    x, end = _ends(graph)
+    stops = {x, *roles.inside, *roles.beside}
 
     def nearest(node: fx.Node) -> set[fx.Node]:
         seen: set[fx.Node] = set()
@@ -168,65 +241,10 @@ def _in_a_row(graph: fx.Graph, convs: list[fx.Node]) -> bool:
             waiting += new - stops
         return seen & stops
 
-    row = all(nearest(node) == {earlier} for earlier, node in pairwise((x, *convs)))
-    return row and nearest(end) == {x, convs[-1]}
-
-
-class _Sizes(nn.Module):
-    """Runs a graph of a module, and notes the shape of every value."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        super().__init__()
-        self.module, self.graph = module, graph
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-
-    def forward(self, x: Tensor) -> None:
-        outer = self
-
-        class Noting(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                value = super().run_node(n)
-                if isinstance(value, Tensor):
-                    outer.shapes[n] = tuple(value.shape)
-                return value
-
-        Noting(self.module, graph=self.graph).run(x)
-
-
-def _sizes(
-    module: nn.Module, graph: fx.Graph, layers: list[nn.Module]
-) -> tuple[int, dict[fx.Node, tuple[int, ...]]]:
-    """Return how many channels come in, and the shape of every value for an input of SIDE x SIDE.
-
-    Raises: NotAStepError: it can't run so.
-    """
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    state = {f"module.{name}": torch.empty_like(t, device="meta") for name, t in tensors.items()}
-    dtype, end = next(module.parameters()).dtype, the_output(graph)
-    # The first layer may see only a part of the input, the last give only a part of what is added to it.
-    for channels in dict.fromkeys((width(layers), width(layers[::-1], side="out"))):
-        runner = _Sizes(module, graph)
-        x = torch.empty(1, channels, SIDE, SIDE, dtype=dtype, device="meta")
-        try:
-            functional_call(runner, state, (x,))
-        except Exception:  # noqa: BLE001, S112  # what it does with such an input is its own affair
-            continue
-        if end is not None and runner.shapes[end] == tuple(x.shape):
-            return channels, runner.shapes
-    raise NotAStepError(f"can't run on its own on an input of {SIDE}x{SIDE}, or gives another shape")
-
-
-def width(layers: Iterable[nn.Module], *, side: Literal["in", "out"] = "in") -> int:
-    """Return how many channels the first of the layers takes or gives; 0 if none tells."""
-    names = (f"{side}_channels", f"{side}_features", "num_features", "num_channels", "normalized_shape")
-    for layer in layers:
-        for name in names:
-            value = getattr(layer, name, None)
-            if isinstance(value, tuple) and value:
-                value = value[-1]
-            if isinstance(value, int):
-                return value
-    return 0
+    row = all(nearest(node) == {earlier} for earlier, node in pairwise((x, *roles.inside)))
+    row = row and all(nearest(node) == {x} for node in roles.beside)
+    last = {end} if end in stops else nearest(end)
+    return row and last - {x} == {roles.inside[-1], *roles.beside}
 
 
 def _spec(layer: nn.Module) -> ConvSpec:

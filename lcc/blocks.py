@@ -1,4 +1,4 @@
-"""Convolutions and residual steps as modules with random weights, built from their descriptions."""
+"""Convolutions and residual blocks as modules with random weights, built from their descriptions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 def dense(spec: ConvSpec | StepSpec) -> nn.Module:
     """Return what a site was before it was replaced, (N, C_in, H, W) -> (N, C_out, H', W'), to time it.
 
-    A step costs what the original costs, though it need not be the same function: its convolutions are put in
-    one row in order of call, a normalisation at each while `norm_params` lasts, an activation between.
+    A block costs what the original costs, though it need not be the same function: its convolutions are put
+    in one row in order of call, a normalisation at each while `norm_params` lasts, an activation between.
     """
-    return ResidualStep(spec) if isinstance(spec, StepSpec) else convolution(spec)
+    if isinstance(spec, ConvSpec):
+        return convolution(spec)
+    return Transition(spec) if spec.is_transition else ResidualStep(spec)
 
 
 def convolution(spec: ConvSpec) -> nn.Conv2d:
@@ -54,17 +56,38 @@ class ResidualStep(nn.Module):
         return activate(x + self.body(x), self.post)
 
 
+class Transition(nn.Module):
+    """post(S(x) + F(x)), or post(F(x)) where the skip has no convolution."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        super().__init__()
+        self.post = spec.post
+        self.body = nn.Sequential(*_body(spec))
+        self.shortcut = nn.Sequential(*_shortcut(spec)) if spec.shortcut else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, C, ceil(H / stride), ceil(W / stride)) for x (N, C_in, H, W)."""
+        y = self.body(x)
+        return activate(y if self.shortcut is None else self.shortcut(x) + y, self.post)
+
+
+def _shortcut(spec: StepSpec) -> Iterator[nn.Module]:
+    """Yield S's layers in order: what its convolution leaves of the stride is pooled first."""
+    (conv,) = spec.shortcut
+    down, across = (whole // own for whole, own in zip(spec.stride, conv.stride, strict=True))
+    if (down, across) != (1, 1):
+        yield nn.AvgPool2d((down, across), ceil_mode=True, count_include_pad=False)
+    yield from (_Fit(conv.in_channels), convolution(conv))
+    if spec.norm_params - 2 * sum(_norm_widths(spec)) >= 2 * conv.out_channels:
+        yield _norm(spec, conv.out_channels)
+
+
 def _body(spec: StepSpec) -> Iterator[nn.Module]:
     """Yield F's layers in order."""
-    norm_params, gated = spec.norm_params, _gated(spec)
-    for number, conv in enumerate(spec.convs):
+    gated = _gated(spec)
+    for number, (conv, normed) in enumerate(zip(spec.convs, _norm_widths(spec), strict=True)):
         yield _Fit(conv.in_channels)
-        channels = conv.out_channels
-        normed = conv.in_channels if spec.pre_norm else channels
-        norm = []
-        if norm_params >= 2 * normed:
-            norm_params -= 2 * normed
-            norm = [nn.BatchNorm2d(normed, eps=spec.norm_eps, momentum=spec.norm_momentum)]
+        norm = [_norm(spec, normed)] if normed else []
         if spec.pre_norm:
             yield from (*norm, _Activation(spec.activation), convolution(conv))
         else:
@@ -72,8 +95,22 @@ def _body(spec: StepSpec) -> Iterator[nn.Module]:
             if number < len(spec.convs) - 1:
                 yield _Activation(spec.activation)
         if number == gated:
-            yield _Gate(spec, channels)
+            yield _Gate(spec, conv.out_channels)
     yield _Fit(spec.channels)
+
+
+def _norm_widths(spec: StepSpec) -> list[int]:
+    """Return the width of the norm at each of F's convolutions, 0 where `norm_params` has run out."""
+    left, widths = spec.norm_params, []
+    for conv in spec.convs:
+        width = conv.in_channels if spec.pre_norm else conv.out_channels
+        widths.append(width if left >= 2 * width else 0)
+        left -= 2 * widths[-1]
+    return widths
+
+
+def _norm(spec: StepSpec, channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=spec.norm_eps, momentum=spec.norm_momentum)
 
 
 def _gated(spec: StepSpec) -> int | None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lcc.errors import SourceError
+from lcc.specs import Size, StepSpec
 from lcc.tracing import evaluating
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 # Exact in floating point, so that a function it does not change keeps every bit. Negative, so that
 # a reader that ignores the scale of its input (a ReLU's sign, an argmax, a normalisation) shows up.
@@ -39,10 +40,11 @@ class Calls:
 
 
 def record_calls(
-    model: nn.Module, layers: Sequence[nn.Module], blocks: Sequence[nn.Module], example: Tensor
+    model: nn.Module, layers: Sequence[nn.Module], blocks: Mapping[nn.Module, StepSpec], example: Tensor
 ) -> dict[nn.Module, Calls]:
     """Run the model once in eval mode; return what that showed of every layer and residual block.
 
+    `blocks` come with what they are said to be.
     Raises: SourceError: the model can't run on the example.
     """
     recorder = _Recorder(layers, blocks)
@@ -56,7 +58,7 @@ def record_calls(
 class _Recorder:
     """The hooks of a recorded pass, and what they found."""
 
-    def __init__(self, layers: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], blocks: Mapping[nn.Module, StepSpec]) -> None:
         self.layers, self.blocks = layers, blocks
         self.calls = {module: Calls() for module in (*layers, *blocks)}
         self.holders: dict[nn.Module, list[nn.Module]] = {layer: [] for layer in layers}
@@ -117,10 +119,19 @@ class _Recorder:
         record = self.calls[block]
         if more or not isinstance(x, Tensor) or x.ndim != 4:
             record.oddity = "called with something else than one (N, C, H, W) tensor"
-        elif not isinstance(output, Tensor) or output.shape != x.shape:
-            record.oddity = "gives another shape than it takes"
+        elif not isinstance(output, Tensor) or tuple(output.shape) != _given(self.blocks[block], x):
+            changes = self.blocks[block].is_transition
+            record.oddity = f"gives another shape than {'its strides say' if changes else 'it takes'}"
         elif x._version != version:  # noqa: SLF001
             record.oddity = "changes its input in place"
+
+
+def _given(spec: StepSpec, x: Tensor) -> tuple[int, ...]:
+    """Return the shape of what a block gives for x (N, C, H, W), if it is as described."""
+    if not spec.is_transition:
+        return tuple(x.shape)
+    size = spec.out_size(Size(height=x.shape[2], width=x.shape[3]))
+    return (len(x), spec.channels, size.height, size.width)
 
 
 class _Watched(nn.Conv2d):

@@ -17,7 +17,7 @@ from lcc.measure import Bench, bench_layers, bench_onnx, bench_torch
 from lcc.operator_timing import sweep_operators
 from lcc.plan import Site
 from lcc.report import ModelRow, Report
-from lcc.specs import StepSpec
+from lcc.specs import kind_of
 
 if TYPE_CHECKING:
     from lcc.measure import Conditions
@@ -156,7 +156,7 @@ def _layer_times(
     sites = tuple(
         Site(
             name=layer.site,
-            kind="step" if isinstance(layer.spec, StepSpec) else "conv",
+            kind=kind_of(layer.spec),
             spec=layer.spec,
             sizes=(layer.size,),
         )

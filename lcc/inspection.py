@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lcc.methods import SiteKind
 from lcc.plan import NOUNS, Plan, Site, decide, rules_for
-from lcc.specs import Cost, Frozen
+from lcc.specs import Cost, Frozen, SiteKind
 from lcc.tables import BAD, GOOD, QUIET, TIMES, UNKNOWN, Cell, Sheet, change, in_short, ms, si
 
 if TYPE_CHECKING:
@@ -28,9 +27,9 @@ SYMBOLS = (
 class SiteRow(Frozen):
     """A site, its cost in the network as it is, and what a method would make of it.
 
-    `after` is None, and `reason` says in words why, where it stays dense. `before` is None for a residual
-    block that nothing can take: what it costs is not known from its description. `depth` counts the residual
-    steps that it is inside of; `gone`: one of them is replaced.
+    `after` is None, and `reason` says in words why, where it stays dense. `before` is None for a block
+    that nothing can take: what it costs is not known from its description. `depth` counts the blocks that it
+    is inside of; `gone`: one of them is replaced.
     """
 
     site: Site
@@ -185,12 +184,12 @@ def _bench_cells(name: str, latency: Latency, speedup: Speedup | None) -> tuple[
 def _row(site: Site, sites: tuple[Site, ...], plan: Plan, done: Mapping[str, Method]) -> SiteRow:
     methods = plan.methods()
     chosen = methods.get(site.name)
-    around = [other.name for other in sites if other.kind == "step" and other.holds(site)]
+    around = [other.name for other in sites if other.kind != "conv" and other.holds(site)]
     before = site.cost_with(done[site.name]) if site.name in done and site.sizes else site.cost()
     return SiteRow(
         site=site,
-        before=None if site.kind == "step" and site.name not in done and site.obstacle else before,
-        after=None if chosen is None else site.cost_with(chosen),
+        before=None if site.kind != "conv" and site.name not in done and site.obstacle else before,
+        after=None if chosen is None else site.cost_with(chosen, first=plan.is_first(site.name)),
         reason=next((kept.reason for kept in plan.kept if kept.site == site.name), None),
         method=None if chosen is None else str(chosen),
         depth=len(around),
@@ -225,7 +224,7 @@ def _outcome(row: SiteRow, value: Inspection) -> Cell:
         return Cell(row.method, GOOD)
     of_other_kind = row.site.obstacle is None and row.site.kind not in value.kinds
     if row.gone or (of_other_kind and not value.planned):
-        return Cell("")  # the step around it says what becomes of it, or the totals say why nothing does
+        return Cell("")  # the block around it says what becomes of it, or the totals say why nothing does
     return Cell(f"dense: {row.reason}", QUIET)
 
 

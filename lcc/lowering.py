@@ -107,7 +107,7 @@ def milliseconds(modules: Sequence[nn.Module], example: Tensor) -> list[float]:
 
 def example_for(spec: ConvSpec | StepSpec, size: Size, batch: int = 1) -> Tensor:
     """Return normally distributed numbers of the shape that a site takes, (batch, C, H, W)."""
-    channels = spec.channels if isinstance(spec, StepSpec) else spec.in_channels
+    channels = spec.channels_in if isinstance(spec, StepSpec) else spec.in_channels
     return torch.randn(batch, channels, size.height, size.width)
 
 

@@ -12,9 +12,10 @@ from lcc import artifact, models
 from lcc.counts import count_macs, count_norm_params, count_params
 from lcc.directory import WEIGHTS
 from lcc.errors import SourceError
+from lcc.methods import LowCostOp
 from lcc.plan import Plan, Site
 from lcc.report import LayerRow, ModelRow
-from lcc.specs import StepSpec
+from lcc.specs import kind_of
 from lcc.surgery import find_sites
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ def layer_rows(sites: tuple[Site, ...], plan: Plan, fits: dict[str, Fit]) -> tup
 def _alternatives_kept(model: nn.Module, plan: Plan) -> int:
     """Return how many sites of the kinds that the plan converts stay dense; none inside a converted one."""
     done = list(plan.methods())
-    kinds = {"step" if isinstance(model.get_submodule(name).spec, StepSpec) else "conv" for name in done}
+    operators = (model.get_submodule(name) for name in done)
+    kinds = {kind_of(operator.spec) for operator in operators if isinstance(operator, LowCostOp)}
     return sum(
         entry.kind in kinds and not any(entry.site.startswith(f"{name}.") for name in done)
         for entry in plan.kept

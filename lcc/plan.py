@@ -8,8 +8,8 @@ from typing import NamedTuple
 from pydantic import Field
 
 from lcc.errors import NothingToConvertError, RecipeError
-from lcc.methods import AnyMethod, Method, SiteKind
-from lcc.specs import ConvSpec, Cost, Frozen, Size, StepSpec
+from lcc.methods import AnyMethod, Method
+from lcc.specs import ConvSpec, Cost, Frozen, SiteKind, Size, StepSpec
 
 DENSE_BY_RULE = "kept dense by a rule (or --exclude)"
 NO_RULE = "named by no rule (or --include)"
@@ -18,6 +18,14 @@ NOUNS: dict[SiteKind, tuple[str, str]] = {
     "step": ("residual step", "residual steps"),
     "transition": ("stage-changing block", "stage-changing blocks"),
 }
+
+
+def other_kind(method: Method, kind: SiteKind) -> str | None:
+    """Return in words that a method takes other kinds of sites than this; None if it takes this one."""
+    if kind in method.kinds:
+        return None
+    taken = " and ".join(NOUNS[taken][1] for taken in sorted(method.kinds))
+    return f"{method.name} takes {taken}, and this is a {NOUNS[kind][0]}"
 
 
 class Site(Frozen):
@@ -68,12 +76,10 @@ class Site(Frozen):
         """
         if self.obstacle is not None:
             return self.obstacle
-        one, _ = NOUNS[self.kind]
-        if self.kind not in method.kinds:
-            taken = " and ".join(NOUNS[kind][1] for kind in sorted(method.kinds))
-            return f"{method.name} takes {taken}, and this is a {one}"
+        if (other := other_kind(method, self.kind)) is not None:
+            return other
         if self.kind in method.by_name_only and not by_name:
-            return f"{method.name} takes a {one} only where a rule spells its name out"
+            return f"{method.name} takes a {NOUNS[self.kind][0]} only where a rule spells its name out"
         reason = method.why_not(self.spec)
         if reason is not None:
             return reason

@@ -14,9 +14,10 @@ from lcc.anatomy import conv_spec, has_hooks
 from lcc.calls import Calls, record_calls, sole_norms
 from lcc.errors import RecipeError
 from lcc.methods import LowCostOp
-from lcc.plan import Plan, Site
-from lcc.residuals import residual_step, shortcut_convs
-from lcc.specs import ConvSpec, Size, StepSpec
+from lcc.plan import Plan, Site, other_kind
+from lcc.residuals import blocks_among, residual_step
+from lcc.skips import shortcut_convs
+from lcc.specs import ConvSpec, Size, StepSpec, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,9 +35,9 @@ ODD_SUBCLASSES = {
 
 
 def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
-    """Return every convolution and residual step of the model, in order of first call.
+    """Return every convolution, residual step and stage-changing block of the model, in order of first call.
 
-    A step comes before the convolutions inside it; what is never called comes last. `example` is
+    A block comes before the convolutions inside it; what is never called comes last. `example` is
     (N, C, H, W); the model runs on it a few times in eval mode and is left as it was.
     Raises: SourceError: the model can't run on the example.
     """
@@ -45,9 +46,9 @@ def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
         names.setdefault(module, []).append(name)
     layers = [module for module in names if isinstance(module, nn.Conv2d | LowCostOp)]
     # Before the passes below put hooks on them.
-    steps = {module: step for module in names if (step := residual_step(module)) is not None}
+    steps = blocks_among(names)
     skips = {conv for module in names for conv in shortcut_convs(module)}
-    calls = record_calls(model, layers, list(steps), example)
+    calls = record_calls(model, layers, {block: step.spec for block, step in steps.items()}, example)
     norms = sole_norms(model, {layer: calls[layer] for layer in layers}, example)
     found = [module for module in names if module in calls]
     tied = _tied_parameters(model, {module: names[module] for module in found})
@@ -61,7 +62,7 @@ def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
         sites.append(
             Site(
                 name=names[module][0],
-                kind="step" if isinstance(spec, StepSpec) else "conv",
+                kind=kind_of(spec),
                 spec=spec,
                 sizes=_sizes(calls[module], spec),
                 aliases=tuple(names[module][1:]),
@@ -88,7 +89,7 @@ def replace_(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
         bank: dict[nn.Module, LowCostOp] = {}
         for site in group.sites:
             original, spec = _replaceable(site, modules.get(site), plan.steps.get(site))
-            reason = method.why_not(spec)
+            reason = other_kind(method, kind_of(spec)) or method.why_not(spec)
             if reason is not None:
                 raise RecipeError(f"the plan converts {site!r} by {method}, which can't take it: {reason}")
             bank[original] = operator = method.build(spec)
@@ -154,7 +155,7 @@ def _sizes(calls: Calls, spec: ConvSpec | StepSpec) -> tuple[Size, ...]:
     """Return the size of every input; of a block that can't be taken, only of those that are feature maps."""
     maps = calls.shapes
     if isinstance(spec, StepSpec):
-        maps = [shape for shape in maps if len(shape) == 4 and shape[1] == spec.channels]
+        maps = [shape for shape in maps if len(shape) == 4 and shape[1] == spec.channels_in]
     return tuple(Size(height=height, width=width) for *_, height, width in maps)
 
 
@@ -194,7 +195,7 @@ def _obstacle(layer: nn.Module, calls: Calls, *, tied_to: str | None) -> str | N
 
 
 def _step_obstacle(block: nn.Module, calls: dict[nn.Module, Calls], *, tied_to: str | None) -> str | None:
-    """Return in words why nothing can replace a residual step, told from its calls; None if something may."""
+    """Return in words why nothing can replace a block, told from its calls; None if something may."""
     if not calls[block].shapes:
         return "never called in a forward pass"
     if tied_to is not None:

@@ -111,7 +111,7 @@ def test_inspect_gives_json_with_every_site(lcc_run):
     code, out, _ = lcc_run("inspect", NET, "--weights", "none", "--json")
     assert code == 0
     rows = json.loads(out)["rows"]
-    assert Counter(row["site"]["kind"] for row in rows) == {"conv": 19, "step": 9}
+    assert Counter(row["site"]["kind"] for row in rows) == {"conv": 19, "step": 7, "transition": 2}
     assert sum(row["after"] is not None for row in rows) == 16
 
 

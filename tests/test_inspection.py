@@ -32,7 +32,7 @@ def inspected(model, method, x=X, rules=None):
 
 
 def counts(value):
-    return [line for line in inspection_sheet(value).notes if " of " in line and "MACs" not in line][:2]
+    return [line for line in inspection_sheet(value).notes if " of " in line and "MACs" not in line][:3]
 
 
 def shown(value, site):
@@ -67,10 +67,11 @@ def test_the_totals_name_each_kind():
     model = torchvision.models.resnet18()
     assert counts(inspected(model, LinearMix())) == [
         "13 of 20 convolutions can be converted",
-        "5 of 8 residual steps are open to other methods: see `lcc methods`",
+        "5 of 5 residual steps are open to other methods: see `lcc methods`",
+        "3 of 3 stage-changing blocks are open to other methods: see `lcc methods`",
     ]
     value = inspected(model, RdExplicit())
-    assert "5 of 8 residual steps can be converted" in inspection_sheet(value).notes
+    assert "5 of 5 residual steps can be converted" in inspection_sheet(value).notes
     assert (
         "convolutions: only where a rule, or --include, spells the name out" in inspection_sheet(value).notes
     )
@@ -79,7 +80,7 @@ def test_the_totals_name_each_kind():
 def test_a_plan_counts_the_kinds_that_it_converts():
     rules = (Rule(match=("layer1",), method=RdExplicit()), Rule(match=("*",), method=LinearMix()))
     value = inspected(seeded(TinyResNet).float(), LinearMix(), rules=rules)
-    assert counts(value) == [
+    assert counts(value)[:2] == [
         "2 of 6 convolutions would be converted",
         "1 of 2 residual steps would be converted",
     ]
@@ -94,8 +95,35 @@ def test_what_is_inside_a_converted_step_is_indented_and_left_to_it():
 
 
 def test_a_block_that_nothing_can_take_shows_why_and_no_cost():
-    cells = shown(inspected(torchvision.models.resnet18(), RdExplicit()), "layer2.0")
-    assert cells[3:] == ["—", "—", "—", "dense: its skip is no identity: Conv2d, BatchNorm2d"]
+    model = torchvision.models.resnet18()
+    model.layer2[0].bn1 = torch.nn.Sequential(model.layer2[0].bn1, torch.nn.PReLU())
+    cells = shown(inspected(model, RdExplicit()), "layer2.0")
+    reason = (
+        "dense: its skip is no identity: Conv2d, BatchNorm2d; holds a PReLU, for which a step has no word"
+    )
+    assert cells[3:] == ["—", "—", "—", reason]
+
+
+def test_a_stage_changing_block_shows_its_cost_and_holds_its_convolutions():
+    model = torchvision.models.resnet18()
+    value = inspected(model, LinearMix())
+    params, macs = 64 * 128 * 9 + 128 * 128 * 9 + 64 * 128 + 6 * 128, (64 * 9 + 128 * 9 + 64) * 128 * 64
+    (row,) = (row for row in value.rows if row.site.name == "layer2.0")
+    assert row.before == Cost(params=params, macs=macs)
+    assert shown(value, "layer2.0")[1:] == [
+        *("transition 64->128 /2: 3x3 128, 3x3 128", "16x16", "230k", "14.7M"),
+        *(f"{macs / value.before.macs:.1%}", ""),
+    ]
+    depths = {row.site.name: row.depth for row in value.rows if row.site.name.startswith("layer2.0")}
+    assert depths == {"layer2.0": 0, "layer2.0.conv1": 1, "layer2.0.conv2": 1, "layer2.0.downsample.0": 1}
+
+
+def test_a_stage_changing_block_says_which_methods_do_not_take_it():
+    value = inspected(
+        torchvision.models.resnet18(), LinearMix(), rules=(Rule(match=("*",), method=LinearMix()),)
+    )
+    reason = "linear_mix takes convolutions, and this is a stage-changing block"
+    assert shown(value, "layer2.0")[-1] == f"dense: {reason}"
 
 
 def test_a_converted_step_shows_what_its_operator_costs():

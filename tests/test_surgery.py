@@ -316,8 +316,22 @@ def test_a_plan_for_a_step_and_something_inside_it_is_refused():
 
 def test_a_plan_for_a_step_that_can_not_be_taken_says_why():
     model = torchvision.models.resnet18()
-    with pytest.raises(RecipeError, match=r"'layer2\.0', but nothing can take it: its skip is no identity"):
-        replace_(model, converts("layer2.0", method=STEP))
+    model.layer2[1].downsample = conv3(128)
+    with pytest.raises(RecipeError, match=r"'layer2\.1', but nothing can take it: its skip is no identity"):
+        replace_(model, converts("layer2.1", method=STEP))
+
+
+@pytest.mark.parametrize(
+    ("site", "method", "kind"),
+    [
+        ("layer2.0", STEP, "a stage-changing block"),
+        ("layer2.0", LinearMix(), "a stage-changing block"),
+        ("layer2.1", LinearMix(), "a residual step"),
+    ],
+)
+def test_a_plan_for_a_kind_of_site_that_its_method_does_not_take_says_so(site, method, kind):
+    with pytest.raises(RecipeError, match=f"{method.name} takes .*, and this is {kind}"):
+        replace_(torchvision.models.resnet18(), converts(site, method=method))
 
 
 # Plans that do not fit

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcc.methods.base import LinearOp, Lowering, Method, SiteKind
+from lcc.methods.base import LinearOp, Lowering, Method
 from lcc.methods.frozen import frozen_conv
 from lcc.ops import circulant
 from lcc.ops.frequency_fit import FrequencyGram
 from lcc.ops.padding import inner_padding, pad
 from lcc.ops.sampling import SampledGrams
-from lcc.specs import ConvSpec, Cost, Size
+from lcc.specs import ConvSpec, Cost, SiteKind, Size
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcc.methods.base import Fit, LowCostOp, Method, SiteKind, Spec
+from lcc.methods.base import Fit, LowCostOp, Method, Spec
 from lcc.methods.lowered_steps import Reaction
 from lcc.ops.regression import Activations, error_of, estimate_norm_, regress_
-from lcc.specs import ConvSpec, Cost, Size, StepSpec
+from lcc.specs import ConvSpec, Cost, SiteKind, Size, StepSpec
 
 if TYPE_CHECKING:
     from lcc.methods.base import Statistics

@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcc.methods.base import LinearOp, Lowering, Method, SiteKind
+from lcc.methods.base import LinearOp, Lowering, Method
 from lcc.ops.fit import ArrowGram, ArrowWeights
 from lcc.ops.padding import pad
 from lcc.ops.sampling import SampledGrams
-from lcc.specs import ConvSpec, Cost, Size
+from lcc.specs import ConvSpec, Cost, SiteKind, Size
 
 Stencil = Literal["square", "cross", "horizontal", "vertical"]
 

@@ -12,11 +12,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lcc.methods.base import AnyMethod, Fit, LinearOp, Lowering, Method, SiteKind, as_conv
+from lcc.methods.base import AnyMethod, Fit, LinearOp, Lowering, Method, as_conv
 from lcc.methods.dense import DenseConv
 from lcc.methods.shared_fit import SharedStatistics, pooled, site_error
 from lcc.ops.fit import relative_error
-from lcc.specs import ConvSpec, Cost, Size
+from lcc.specs import ConvSpec, Cost, SiteKind, Size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
