@@ -6,7 +6,8 @@ import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lcc import calibrate, data, progress, surgery
+from lcc import calibrate, data, models, progress, surgery
+from lcc.banks import settle_banks_
 from lcc.evaluation import pick_device
 from lcc.fit_store import FitStore, conversion_key
 from lcc.manifest import event_now
@@ -37,7 +38,8 @@ def convert_network(
     fits: Path,
     resume: bool = False,
 ) -> tuple[tuple[Site, ...], Network]:
-    """Return the sites of a network, and a converted copy of it; without images its fit is from weights.
+    """Return the sites of a network, and a converted copy of it; without images its fit is from weights,
+    and of random weights there is none.
 
     Where fitting is slow, what was fitted is kept in the folder `fits` meanwhile; `resume` goes on from it.
     Raises: NothingToConvertError: no site; RecipeError: an idle rule; DataError: the images. ArtifactError:
@@ -46,8 +48,12 @@ def convert_network(
     sites = sites_of(original)
     decided = make_plan(sites, rules)
     model = copy.deepcopy(original.loaded.model)
-    originals = surgery.replace_(model, decided)
-    if calibration is None:
+    decided = settle_banks_(model, sites, decided)
+    with models.seeded(original.loaded.source.seed):
+        originals = surgery.replace_(model, decided)
+    if calibration is None and original.is_random:
+        made, details = {}, {"weights": "freshly initialised, as the network's own are random"}
+    elif calibration is None:
         made = calibrate.project_(model, originals)
         details = {"weights": "closest to the original's, from weights alone; steps near the identity"}
         if any(isinstance(m, LowCostOp) and m.fits_slowly for m in model.modules()):

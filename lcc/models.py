@@ -85,7 +85,7 @@ def load(
     named = libraries.names_library(source) or not Path(source).exists()
     _refuse_contradictions(source, named=named, arch=arch, weights=weights, num_classes=num_classes)
     notes: list[str] = []
-    with _seeded(seed):
+    with seeded(seed):
         if named:
             architecture = libraries.find(source, trust_code=trust_code)
             checkpoint = _given_weights(weights, trust_pickle=trust_pickle)
@@ -128,12 +128,12 @@ def build(source: Source, *, trust_code: bool = False) -> nn.Module:
 
     Raises: SourceError: unknown here, pointing elsewhere, or a user's code without `trust_code`.
     """
-    with _seeded(source.seed):
+    with seeded(source.seed):
         return libraries.find(source.id, trust_code=trust_code).build(source.num_classes).eval().float()
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Make new tensors on the CPU, random ones from `seed`; the caller's generators stay as they were."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)

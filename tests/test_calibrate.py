@@ -200,7 +200,7 @@ def done(method="depthwise", norm=nn.BatchNorm2d, chunk=None, names=SITES):
     model = copy.deepcopy(original)
     with pytest.MonkeyPatch.context() as patch:
         if chunk:
-            patch.setattr(calibrate, "_images_at_once", lambda *_: chunk)
+            patch.setattr(calibrate, "images_at_once", lambda *_: chunk)
         originals, calibration = converted_(model, METHODS[method], names=names)
     norms = {name: name.replace("conv", "bn") if norm is nn.BatchNorm2d else None for name in names}
     slow = convert_slowly(original, names, norms, METHODS[method], IMAGES, own_inputs=not chunk)
@@ -424,7 +424,7 @@ def test_in_chunks_statistics_are_near_those_of_the_converted_network(name):
 
 
 def test_chunks_of_one_image_leave_finite_weights_and_statistics(monkeypatch):
-    monkeypatch.setattr(calibrate, "_images_at_once", lambda *_: 1)
+    monkeypatch.setattr(calibrate, "images_at_once", lambda *_: 1)
     model = seeded(TinyResNet)
     converted_(model, LinearMix(), photos(3, size=2))
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
@@ -468,7 +468,7 @@ class SkipsForBatches(nn.Module):
 
 @pytest.mark.parametrize("chunk", [100, 7])
 def test_a_site_that_no_image_reaches_keeps_its_projection(monkeypatch, chunk):
-    monkeypatch.setattr(calibrate, "_images_at_once", lambda *_: chunk)
+    monkeypatch.setattr(calibrate, "images_at_once", lambda *_: chunk)
     model = seeded(SkipsForBatches)
     projected = copy.deepcopy(model)
     wanted = project_(projected, replace_(projected, converts("always", "seldom")))["seldom"]
@@ -488,7 +488,7 @@ def test_the_network_is_left_in_eval_mode():
 
 @pytest.mark.parametrize("chunk", [100, 7])
 def test_no_hook_attribute_or_gradient_is_left_behind(monkeypatch, chunk):
-    monkeypatch.setattr(calibrate, "_images_at_once", lambda *_: chunk)
+    monkeypatch.setattr(calibrate, "images_at_once", lambda *_: chunk)
     model = seeded(TinyResNet)
     sites = find_sites(model, IMAGES[:1])
     originals = replace_(model, converts(*SITES))
@@ -500,7 +500,7 @@ def test_no_hook_attribute_or_gradient_is_left_behind(monkeypatch, chunk):
 
 @pytest.mark.parametrize("chunk", [100, 7])
 def test_forwards_are_put_back_if_the_pass_fails(monkeypatch, chunk):
-    monkeypatch.setattr(calibrate, "_images_at_once", lambda *_: chunk)
+    monkeypatch.setattr(calibrate, "images_at_once", lambda *_: chunk)
     model = seeded(TinyResNet)
     sites = find_sites(model, IMAGES[:1])
     originals = replace_(model, converts(*SITES))

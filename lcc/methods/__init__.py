@@ -10,7 +10,7 @@ from lcc.methods.base import (
     LowCostOp,
     Lowering,
     Method,
-    SiteKind,
+    Scalable,
     Statistics,
     parse_method,
 )
@@ -36,7 +36,7 @@ __all__ = [
     "LowCostOp",
     "Lowering",
     "Method",
-    "SiteKind",
+    "Scalable",
     "Statistics",
     "parse_method",
 ]

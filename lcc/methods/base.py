@@ -112,7 +112,19 @@ class LowCostOp(nn.Module, ABC):
         return None
 
 
-class LinearOp(LowCostOp):
+class Scalable(LowCostOp):
+    """An operator whose output channels can be scaled by way of its weights."""
+
+    @abstractmethod
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply the output by `factor`, one number per output channel, by way of the weights."""
+
+    @abstractmethod
+    def weight_norms(self) -> Tensor:
+        """Return the Euclidean norm of what makes each output channel, (C_out,)."""
+
+
+class LinearOp(Scalable):
     """An operator that is linear in its input: a convolution with a structured kernel, plus a bias."""
 
     spec: ConvSpec
@@ -171,10 +183,6 @@ class LinearOp(LowCostOp):
             ridge=found.ridge,
             samples=found.moments.count,
         )
-
-    @abstractmethod
-    def scale_(self, factor: Tensor) -> None:
-        """Multiply the output by `factor`, one number per output channel, by way of the weights."""
 
     @torch.no_grad()
     def weight_norms(self) -> Tensor:
