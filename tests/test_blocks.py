@@ -11,11 +11,12 @@ from lcc.onnx_export import layer_file
 from lcc.specs import ConvSpec, Size, StepSpec
 
 
-def conv(in_channels, out_channels, kernel, groups=1, *, bias=False):
+def conv(in_channels, out_channels, kernel, groups=1, *, stride=1, bias=False):
     return ConvSpec(
         in_channels=in_channels,
         out_channels=out_channels,
         kernel_size=(kernel, kernel),
+        stride=(stride, stride),
         padding=(kernel // 2, kernel // 2),
         groups=groups,
         bias=bias,
@@ -33,6 +34,24 @@ INVERTED = StepSpec(
     norm_params=2 * (24 + 24 + 8),
 )
 BRANCHES = StepSpec(channels=8, convs=(conv(8, 4, 1), conv(8, 6, 1), conv(10, 8, 1)), norm_params=20)
+CHANGING = StepSpec(
+    channels=16,
+    in_channels=8,
+    stride=(2, 2),
+    convs=(conv(8, 16, 3, stride=2), conv(16, 16, 3)),
+    shortcut=(conv(8, 16, 1, stride=2),),
+    norm_params=96,
+    post="relu",
+)
+POOLED = CHANGING.model_copy(update={"shortcut": (conv(8, 16, 1),)})
+INVERTED_CHANGING = StepSpec(
+    channels=16,
+    in_channels=8,
+    stride=(2, 2),
+    convs=(conv(8, 24, 1), conv(24, 24, 3, groups=24, stride=2), conv(24, 16, 1)),
+    squeeze=INVERTED.squeeze,
+    norm_params=2 * (24 + 24 + 16),
+)
 PREACTIVATED = BASIC.model_copy(update={"pre_norm": True, "post": None})
 
 
@@ -48,11 +67,16 @@ class PreActivated(nn.Module):
         return x + self.layers(x)
 
 
-def inverted():
+def inverted(channels=8, stride=1):
     config = InvertedResidualConfig(
-        8, 3, 24, 8, use_se=True, activation="RE", stride=1, dilation=1, width_mult=1
+        8, 3, 24, channels, use_se=True, activation="RE", stride=stride, dilation=1, width_mult=1
     )
     return InvertedResidual(config, nn.BatchNorm2d)
+
+
+def changing(*first, stride=2):
+    projection = nn.Sequential(*first, nn.Conv2d(8, 16, 1, stride, bias=False), nn.BatchNorm2d(16))
+    return BasicBlock(8, 16, 2, projection)
 
 
 ORIGINALS = {
@@ -60,13 +84,16 @@ ORIGINALS = {
     "bottleneck": (BOTTLENECK, lambda: Bottleneck(16, 4)),
     "inverted": (INVERTED, inverted),
     "pre-activated": (PREACTIVATED, PreActivated),
+    "changing": (CHANGING, changing),
+    "pooled": (POOLED, lambda: changing(nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False), stride=1)),
+    "inverted and changing": (INVERTED_CHANGING, lambda: inverted(16, 2)),
 }
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_a_step_holds_the_same_work_as_its_original(name):
+def test_a_block_holds_the_same_work_as_its_original(name):
     spec, original = ORIGINALS[name]
-    example = torch.randn(2, spec.channels, 6, 6)
+    example = torch.randn(2, spec.channels_in, 6, 6)
     counted = [
         (
             sum(p.numel() for p in block.parameters()),
@@ -90,6 +117,13 @@ def test_a_step_that_is_no_chain_keeps_its_parameters_and_its_shape(spec):
     block, x = dense(spec), torch.randn(2, 8, 5, 6)
     assert block(x).shape == x.shape
     assert sum(p.numel() for p in block.parameters()) == spec.params
+
+
+@pytest.mark.parametrize("size", [(6, 6), (7, 5)])
+@pytest.mark.parametrize("spec", [CHANGING, POOLED, INVERTED_CHANGING], ids=str)
+def test_a_stage_changing_block_gives_the_size_that_is_stated(spec, size):
+    out = spec.out_size(Size(height=size[0], width=size[1]))
+    assert dense(spec)(torch.randn(2, 8, *size)).shape == (2, spec.channels, out.height, out.width)
 
 
 def test_a_convolution_is_built_as_it_is_described():

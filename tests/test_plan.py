@@ -18,7 +18,7 @@ DEPTHWISE, GROUPED = LinearMix(), LinearMix(group_size=4)
 
 
 def site(name, channels=16, out=None, kernel=(3, 3), sizes=((8, 8),), **options):
-    fields = {key: options.pop(key) for key in ("aliases", "norm", "obstacle") if key in options}
+    fields = {key: options.pop(key) for key in ("aliases", "norm", "obstacle", "shortcut") if key in options}
     return Site(
         name=name,
         spec=ConvSpec(in_channels=channels, out_channels=out or channels, kernel_size=kernel, **options),
@@ -466,6 +466,54 @@ def test_a_step_that_would_be_dearer_is_refused_with_the_two_numbers():
     )
     macs = 16 * (2 * 9 * 8 + 8 * 8)
     assert site.why_not(RD) == f"would not be cheaper: {macs:,} MACs instead of {16 * 9 * 8:,}"
+
+
+class TakesStages(RdExplicit):
+    """Stands in for a method that takes stage-changing blocks."""
+
+    kinds = frozenset({"transition"})
+    by_name_only = frozenset()
+    obstacle: str | None = None
+
+    def why_not(self, _spec):
+        return self.obstacle
+
+    def cost(self, _spec, _size):
+        return Cost(params=1, macs=1)
+
+
+STAGE = StepSpec(
+    channels=32,
+    in_channels=16,
+    stride=(2, 2),
+    convs=(site("", 16, 32).spec, site("", 32).spec),
+    shortcut=(site("", 16, 32, (1, 1)).spec,),
+)
+CHANGING = (
+    Site(name="a", kind="transition", spec=STAGE, sizes=(Size(height=8, width=8),)),
+    site("a.conv1", 16, 32),
+    site("a.conv2", 32),
+    site("a.down", 16, 32, (1, 1), shortcut=True),
+)
+
+
+def test_a_stage_changing_block_is_taken_with_what_is_inside_and_its_description_is_kept():
+    plan = plan_of(rule("*", method=TakesStages()), sites=CHANGING)
+    assert list(plan.methods()) == ["a"]
+    assert set(reasons(plan).values()) == {"inside a, which rd_explicit replaces"}
+    assert plan.steps == {"a": STAGE}
+
+
+@pytest.mark.parametrize("method", [TakesStages(obstacle="too narrow"), RD])
+def test_what_is_inside_a_stage_changing_block_that_stays_dense_is_open_to_the_next_rule(method):
+    plan = plan_of(rule("*", method=method), rule("*", method=DEPTHWISE), sites=CHANGING)
+    assert list(plan.methods()) == ["a.conv2"]
+
+
+def test_the_description_of_a_stage_changing_block_survives_json():
+    plan = plan_of(rule("*", method=TakesStages()), sites=CHANGING)
+    assert Plan(steps=plan.steps) == Plan.model_validate_json(Plan(steps=plan.steps).model_dump_json())
+    assert Site.model_validate_json(CHANGING[0].model_dump_json()) == CHANGING[0]
 
 
 def test_nothing_to_convert_counts_the_kinds_that_the_rules_are_about():

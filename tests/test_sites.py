@@ -39,6 +39,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from lcc.anatomy import conv_spec
 from lcc.counts import count_macs
 from lcc.errors import SourceError
+from lcc.methods.linear_mix import LinearMix
 from lcc.methods.reaction_diffusion import RdExplicit
 from lcc.specs import Cost, Size
 from lcc.surgery import find_sites, replace_
@@ -289,6 +290,75 @@ def test_a_step_inside_a_step_is_listed_behind_it():
     outer = Holds(lambda m, x: x + m.block(x))
     model = nn.Sequential(outer).double().eval()
     assert list(steps_of(model, photos(1, channels=4))) == ["0", "0.block"]
+
+
+# Stage-changing blocks among them
+
+
+def changing(stride=2, channels=8):
+    """Two blocks of torchvision, the second of which changes width and size by a projection."""
+    projection = nn.Sequential(nn.Conv2d(4, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+    block = torchvision.models.resnet.BasicBlock
+    return nn.Sequential(conv3(3, 4), block(4, 4), block(4, channels, stride, projection)).double().eval()
+
+
+def test_a_stage_changing_block_comes_before_what_is_inside_it():
+    kinds = {name: site.kind for name, site in sites_of(changing()).items()}
+    assert list(kinds)[3:] == ["1.conv2", "2", "2.conv1", "2.conv2", "2.downsample.0"]
+    assert (kinds["1"], kinds["2"], kinds["2.conv1"]) == ("step", "transition", "conv")
+
+
+def test_a_stage_changing_block_has_the_sizes_of_its_inputs_and_costs_what_it_does():
+    model = changing()
+    site = sites_of(model)["2"]
+    counted = count_macs(model[2], torch.zeros(1, 4, 12, 12).double())
+    params = sum(p.numel() for p in model[2].parameters())
+    assert (site.sizes, site.obstacle) == ((Size(height=12, width=12),), None)
+    assert site.cost() == Cost(params=params, macs=counted.macs)
+
+
+def test_methods_of_other_kinds_say_that_they_do_not_take_a_stage_changing_block():
+    site = sites_of(changing())["2"]
+    assert site.why_not(LinearMix()) == "linear_mix takes convolutions, and this is a stage-changing block"
+    words = "takes convolutions and residual steps, and this is a stage-changing block"
+    assert site.why_not(RdExplicit()) == f"rd_explicit {words}"
+
+
+def test_a_stage_changing_block_that_gives_another_size_than_its_strides_say_is_refused():
+    model = changing()
+    model[2].conv1 = nn.Conv2d(4, 8, 2, 2, bias=False).double()
+    model[2].downsample[0] = nn.Conv2d(4, 8, 2, 2, bias=False).double()
+    assert sites_of(model)["2"].obstacle is None
+    odd = sites_of(model, photos(1, size=11))["2"].obstacle
+    assert odd == "gives another shape than its strides say"
+
+
+STAGES = {
+    "torchvision resnet18": (torchvision.models.resnet18, [16, 8, 4]),
+    "torchvision resnet50": (torchvision.models.resnet50, [16, 16, 8, 4]),
+    "timm resnet50": (lambda: timm.create_model("resnet50"), [16, 16, 8, 4]),
+    "torchvision mobilenet_v2": (torchvision.models.mobilenet_v2, [32, 32, 16, 8, 4, 4, 2]),
+    "torchvision mobilenet_v3_large": (torchvision.models.mobilenet_v3_large, [32, 16, 8, 4, 4]),
+    "timm mobilenetv3_large_100": (
+        lambda: timm.create_model("mobilenetv3_large_100"),
+        [32, 16, 8, 4, 4],
+    ),
+    "torchvision efficientnet_b0": (torchvision.models.efficientnet_b0, [32, 32, 16, 8, 4, 4, 2]),
+    "timm efficientnet_b0": (lambda: timm.create_model("efficientnet_b0"), [32, 16, 8, 4, 4, 2]),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_stage_changing_blocks_of_a_network_cost_what_they_do(name):
+    factory, sizes = STAGES[name]
+    model, x = factory().eval(), torch.zeros(1, 3, 64, 64)
+    found = [site for site in sites_of(model, x).values() if site.kind == "transition"]
+    assert [site.sizes for site in found] == [(Size(height=size, width=size),) for size in sizes]
+    assert {site.obstacle for site in found} == {None}
+    macs = count_macs(model, x).by_module
+    for site in found:
+        inside = sum(count for name, count in macs.items() if name.startswith(f"{site.name}."))
+        assert site.cost().macs == inside
 
 
 # What can't be replaced, and why

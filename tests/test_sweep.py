@@ -136,7 +136,7 @@ def sweep(model, x):
     assert fingerprint(model) == before
     convs = {s.name for s in sites if s.kind == "conv"}
     assert convs == {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    steps_cost_what_they_do(model, sites)
+    blocks_cost_what_they_do(model, sites)
     runs_without_its_steps(model, x, sites)
     expected = expected_sites(model, x)
     try:
@@ -151,11 +151,11 @@ def sweep(model, x):
     return len(originals)
 
 
-def steps_cost_what_they_do(model, sites):
+def blocks_cost_what_they_do(model, sites):
     for site in sites:
-        if site.kind == "step" and site.obstacle is None:
+        if site.kind != "conv" and site.obstacle is None:
             block, size = model.get_submodule(site.name), site.sizes[0]
-            counted = count_macs(block, torch.zeros(1, site.spec.channels, size.height, size.width))
+            counted = count_macs(block, torch.zeros(1, site.spec.channels_in, size.height, size.width))
             params = sum(p.numel() for p in block.parameters())
             assert site.spec.cost(size) == Cost(params=params, macs=counted.macs)
             assert not counted.uncounted
@@ -195,31 +195,33 @@ def test_timm(name):
     gc.collect()
 
 
-# Blocks with an identity skip, and blocks in all, by the architectures' depths.
-STEPS = {
-    "resnet18": (5, 8),
-    "resnet26t": (4, 8),
-    "resnet50_gn": (12, 16),
-    "resnetaa50": (12, 16),
-    "seresnet50": (12, 16),
-    "resnext50_32x4d": (12, 16),
-    "resnetv2_50": (12, 16),
-    "regnety_004": (12, 16),
-    "regnetx_080": (19, 23),
-    "darknet53": (23, 23),
-    "efficientnet_b0": (9, 9),
-    "mobilenetv2_100": (10, 10),
-    "coatnet_0_224": (3, 12),
-    "botnet26t_256": (2, 8),
-    "vit_tiny_patch16_dinov3_qkvb": (0, 12),
-    "convmixer_768_32": (32, 32),
+# Blocks with an identity skip, blocks that change the stage and can be described, and blocks in all, by the
+# architectures' depths. Of resnetaa50's, three pool inside.
+BLOCKS = {
+    "resnet18": (5, 3, 8),
+    "resnet26t": (4, 4, 8),
+    "resnet50_gn": (12, 4, 16),
+    "resnetaa50": (12, 1, 16),
+    "seresnet50": (12, 4, 16),
+    "resnext50_32x4d": (12, 4, 16),
+    "resnetv2_50": (12, 4, 16),
+    "regnety_004": (12, 4, 16),
+    "regnetx_080": (19, 4, 23),
+    "darknet53": (23, 0, 23),
+    "efficientnet_b0": (9, 6, 15),
+    "mobilenetv2_100": (10, 6, 16),
+    "coatnet_0_224": (3, 2, 12),
+    "botnet26t_256": (2, 3, 8),
+    "vit_tiny_patch16_dinov3_qkvb": (0, 0, 12),
+    "convmixer_768_32": (32, 0, 32),
 }
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_as_many_steps_are_found_as_the_architecture_has(name):
-    blocks = [site for site in find_sites(*timm_model(name)) if site.kind == "step"]
-    assert (sum(site.obstacle is None for site in blocks), len(blocks)) == STEPS[name]
+@pytest.mark.parametrize("name", BLOCKS)
+def test_as_many_blocks_are_found_as_the_architecture_has(name):
+    blocks = [site for site in find_sites(*timm_model(name)) if site.kind != "conv"]
+    free = Counter(site.kind for site in blocks if site.obstacle is None)
+    assert (free["step"], free["transition"], len(blocks)) == BLOCKS[name]
 
 
 @pytest.mark.parametrize(("name", "dearer"), [("convmixer_768_32", 32), ("resnet50_gn", 2)])
