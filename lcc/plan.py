@@ -121,8 +121,8 @@ class Kept(Frozen):
 class Plan(Frozen):
     """The decision: every site is in one group or kept with a reason.
 
-    `steps` describes the residual steps among the converted sites, so that replaying the plan on the same
-    network need not find out again what they were.
+    `steps` describes the residual steps and stage-changing blocks among the converted sites, so that
+    replaying the plan on the same network need not find out again what they were.
     """
 
     groups: tuple[Group, ...] = ()

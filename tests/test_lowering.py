@@ -4,9 +4,9 @@ import torch
 from stand_in import SPEC, StandIn, approximating
 from torch import nn
 
-from lcc.lowering import choose, lower_, milliseconds
+from lcc.lowering import choose, example_for, lower_, milliseconds
 from lcc.methods.linear_mix import LinearMix
-from lcc.specs import Size
+from lcc.specs import Size, StepSpec
 
 SIZE, LARGER = Size(height=6, width=5), Size(height=8, width=5)
 
@@ -122,3 +122,8 @@ def test_an_operator_inside_another_is_its_affair_and_one_never_called_stays():
     assert list(chosen) == ["0"]
     assert isinstance(host[0], nn.Conv2d)
     assert host[1] is idle
+
+
+def test_an_example_has_as_many_channels_as_a_stage_changing_block_takes():
+    spec = StepSpec(channels=8, in_channels=4, stride=(2, 2), convs=(SPEC,))
+    assert example_for(spec, Size(height=6, width=5), batch=3).shape == (3, 4, 6, 5)
