@@ -12,13 +12,15 @@ import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from lcc.alignment import align_, inner_pairs
+from lcc.methods.base import as_conv
 from lcc.methods.shared import Shared
+from lcc.ops.fit import relative_error
 from lcc.plan import Group, Kept, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from lcc.plan import Site
 
@@ -47,13 +49,28 @@ def settle_banks_(model: nn.Module, sites: tuple[Site, ...], plan: Plan) -> Plan
     return settled.model_copy(update={"kept": kept})
 
 
+def spread(model: nn.Module, plan: Plan) -> float | None:
+    """Return the distance of dense kernels from their banks' means over their size; None: there is no bank."""
+    lost, norms = torch.zeros(2, dtype=torch.float64)
+    for group in plan.groups:
+        if group.method.shares:
+            kernels = torch.stack([_kernel(model, site) for site in group.sites]).double()
+            lost += (kernels - kernels.mean(0)).square().sum()
+            norms += kernels.square().sum()
+    return relative_error(lost, norms) if norms > 0 else None
+
+
+def _kernel(model: nn.Module, site: str) -> Tensor:
+    return as_conv(model.get_submodule(site)).weight.detach()
+
+
 def _split(model: nn.Module, group: Group) -> Iterator[Group]:
     """Yield the banks of a group."""
     method = group.method
     if not isinstance(method, Shared) or method.kernels == 1:
         yield group
         return
-    rows = torch.stack([model.get_submodule(site).weight.detach().flatten() for site in group.sites])  # type: ignore[operator]  # convolutions
+    rows = torch.stack([_kernel(model, site).flatten() for site in group.sites])
     tree = linkage(torch.nn.functional.normalize(rows.double(), dim=1).numpy(), method="ward")
     labels = fcluster(tree, method.kernels, criterion="maxclust")
     for label in sorted(set(labels), key=list(labels).index):

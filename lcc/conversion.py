@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lcc import calibrate, data, models, progress, surgery
-from lcc.banks import settle_banks_
+from lcc.banks import settle_banks_, spread
 from lcc.evaluation import pick_device
 from lcc.fit_store import FitStore, conversion_key
 from lcc.manifest import event_now
@@ -38,17 +39,16 @@ def convert_network(
     fits: Path,
     resume: bool = False,
 ) -> tuple[tuple[Site, ...], Network]:
-    """Return the sites of a network, and a converted copy of it; without images its fit is from weights,
-    and of random weights there is none.
+    """Return the sites of a network, and a converted copy of it.
 
-    Where fitting is slow, what was fitted is kept in the folder `fits` meanwhile; `resume` goes on from it.
+    Without images the fit is from weights, and random weights are not fitted at all. Where fitting is slow, what was fitted is kept in the folder `fits` meanwhile; `resume` goes on from it.
     Raises: NothingToConvertError: no site; RecipeError: an idle rule; DataError: the images. ArtifactError:
     the folder of fits.
     """
     sites = sites_of(original)
     decided = make_plan(sites, rules)
     model = copy.deepcopy(original.loaded.model)
-    decided = settle_banks_(model, sites, decided)
+    decided = _settled_(model, sites, decided, settings)
     with models.seeded(original.loaded.source.seed):
         originals = surgery.replace_(model, decided)
     if calibration is None and original.is_random:
@@ -82,6 +82,19 @@ def convert_network(
     )
     settings.warn_of(converted)
     return sites, converted
+
+
+def _settled_(model: nn.Module, sites: tuple[Site, ...], plan: Plan, settings: Settings) -> Plan:
+    """Return the plan with its banks settled, and say how alike the kernels of one bank were and became."""
+    before = spread(model, plan)
+    plan = settle_banks_(model, sites, plan)
+    after = spread(model, plan)
+    if before is not None and after is not None and not math.isclose(before, after):
+        settings.say(
+            f"kernels to be shared were {before:.2f} from their mean, relative, and are {after:.2f} from it "
+            "after reordering inner channels and splitting into banks; the network computes the same"
+        )
+    return plan
 
 
 def _fit_(
