@@ -50,7 +50,7 @@ def settle_banks_(model: nn.Module, sites: tuple[Site, ...], plan: Plan) -> Plan
 
 
 def spread(model: nn.Module, plan: Plan) -> float | None:
-    """Return the distance of dense kernels from their banks' means over their size; None: there is no bank."""
+    """Return the distance of kernels from their banks' means, over their size; None: there is no bank."""
     lost, norms = torch.zeros(2, dtype=torch.float64)
     for group in plan.groups:
         if group.method.shares:

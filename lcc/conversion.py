@@ -41,7 +41,8 @@ def convert_network(
 ) -> tuple[tuple[Site, ...], Network]:
     """Return the sites of a network, and a converted copy of it.
 
-    Without images the fit is from weights, and random weights are not fitted at all. Where fitting is slow, what was fitted is kept in the folder `fits` meanwhile; `resume` goes on from it.
+    Without images the fit is from weights, and random weights are not fitted at all. Where fitting is slow,
+    what was fitted is kept in the folder `fits` meanwhile; `resume` goes on from it.
     Raises: NothingToConvertError: no site; RecipeError: an idle rule; DataError: the images. ArtifactError:
     the folder of fits.
     """
