@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from lcc.ops.regression import Samples
     from lcc.specs import Activation, ConvSpec, Size, StepSpec
 
+# How fast the regression moves kernels, in units of their size: at a step of the demo's ResNet-20 (layer2.1,
+# group_size 8) 1, 4, 8 and 16 end with errors of 0.26, 0.21, 0.20 and 0.19.
+KERNEL_PACE = 8.0
+
 
 class MgicBlock(LowCostOp):
     """One multigrid cycle in place of a residual step or a stage-changing block.
@@ -62,28 +66,20 @@ class MgicBlock(LowCostOp):
 
     @torch.no_grad()
     def fit_(self, statistics: Statistics) -> Fit:
-        """Regress onto the recorded outputs from the start; errors are of held-out images.
-
-        The best of the start, the start with its own statistics in the norms, and the result is kept.
-        """
+        """Regress onto the recorded outputs from the start; errors are of held-out images."""
         if not isinstance(statistics, Activations):
             raise TypeError("these statistics were made by another kind of operator")
         fitted, held_out = statistics.split()
         start_error = error_of(self, held_out)
-        found = [(start_error, self._weights())]
-        self._settle_(fitted, keep_function=False)
-        found.append((error_of(self, held_out), self._weights()))
-        self.load_state_dict(min(found, key=lambda pair: pair[0])[1])
+        start = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         self._settle_(fitted, keep_function=True)
         regress_(self, fitted, after_step=_nothing, units=self._units(fitted))
         self._settle_(fitted, keep_function=False)
-        found.append((error_of(self, held_out), self._weights()))
-        error, weights = min(found, key=lambda pair: pair[0])
-        self.load_state_dict(weights)
+        error = error_of(self, held_out)
+        if not error < start_error:  # nor where training went astray
+            error = start_error
+            self.load_state_dict(start)
         return Fit(how="data", start_error=start_error, relative_error=error, samples=statistics.positions)
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in self.state_dict().items()}
 
     def _settle_(self, samples: list[Samples], *, keep_function: bool) -> None:
         """Give every BatchNorm, in order of call, the statistics of its inputs.
@@ -101,10 +97,14 @@ class MgicBlock(LowCostOp):
                 norm.bias.copy_(shift + scale * norm.running_mean)
 
     def _units(self, samples: list[Samples]) -> dict[nn.Parameter, float]:
-        """Return the parameters' sizes: the outputs' in a norm that gives such, else the present ones."""
+        """Return the parameters' sizes: the outputs' in a norm that gives such, else the present ones.
+
+        Those of convolutions count `KERNEL_PACE` times.
+        """
         squares = sum(float(y.double().square().sum()) for _, y in samples)
         output = (squares / sum(y.numel() for _, y in samples)) ** 0.5 or 1.0
         units = {p: float(p.double().square().mean()) ** 0.5 or 1.0 for p in self.parameters()}
+        units |= {p: KERNEL_PACE * unit for p, unit in units.items() if p.ndim == 4}
         for norm in self.cycle.outer_norms():
             units[norm.weight] = units[norm.bias] = output
         return units
@@ -140,14 +140,22 @@ class Cycle(nn.Module):
 
     def levels(self) -> Iterator[Level]:
         """Yield every level but the coarsest, the finest first."""
-        level = self.finest
+        level: Level | Block = self.finest
         while isinstance(level, Level):
             yield level
             level = level.coarser
 
+    @property
+    def coarsest(self) -> Block:
+        """The block at the coarsest level."""
+        *_, last = self.levels()
+        assert isinstance(last.coarser, Block)
+        return last.coarser
+
     def blocks(self) -> Iterator[Block]:
         """Yield the block of every level, the finest first."""
-        yield from (module for module in self.modules() if isinstance(module, Block))
+        yield from (level.block for level in self.levels())
+        yield self.coarsest
 
     def norms(self) -> Iterator[nn.BatchNorm2d]:
         """Yield every BatchNorm in order of call."""

@@ -2,7 +2,8 @@
 
 R averages pairs of channels and P repeats them, N_l leaves the correction as it is. The kernels of a level
 are what lies inside its groups of A W A^+, where A averages the channels that became one; norms and squeezes
-are averaged likewise. R and P as averages are what arXiv:2011.09128 means; the rest of the start is ours.
+are averaged likewise, and what a coarser block adds counts `COARSE_SHARE`. R and P as averages are what
+arXiv:2011.09128 means; the rest of the start is ours.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from lcc.methods.mgic_design import is_depthwise
 if TYPE_CHECKING:
     from lcc.methods.mgic_block import Block, Cycle
     from lcc.specs import ConvSpec, StepSpec
+
+# Undiminished, the levels add up what is in all of them: over the steps of the demo's ResNet-20 (groups of 8)
+# the mean error of the start is 0.76 with 1, 0.57 with 1/4 and with 0; the regression ends best from 1/4.
+COARSE_SHARE = 0.25
 
 _Layer = nn.Conv2d | nn.Linear
 _Norm = _NormBase | nn.GroupNorm
@@ -51,8 +56,12 @@ def start_(cycle: Cycle, spec: StepSpec, original: nn.Module) -> None:
         _reset_(level.up_norm)
         if level.down_norm is not None:
             _reset_(level.down_norm)
-    for block in cycle.blocks():
+    for depth, block in enumerate(cycle.blocks()):
         _start_block_(block, spec, found)
+        if depth > 0:
+            _, last = list(block.layers())[-1]
+            last.weight.mul_(COARSE_SHARE)
+            last.bias.mul_(COARSE_SHARE)
 
 
 def _start_block_(block: Block, spec: StepSpec, found: _Original) -> None:
