@@ -37,7 +37,6 @@ class MgicConv(Scalable):
     def __init__(self, method: Mgic, spec: ConvSpec) -> None:
         super().__init__(method, spec)
         levels = method.conv_levels(spec)
-        same = tuple(d * (k - 1) // 2 for k, d in zip(spec.kernel_size, spec.dilation, strict=True))
         finest = spec.model_copy(update={"groups": levels[0].groups})
         self.level_specs = (
             finest,
@@ -48,7 +47,7 @@ class MgicConv(Scalable):
                         "out_channels": level.width,
                         "groups": level.groups,
                         "stride": (1, 1),
-                        "padding": same,
+                        "padding": "same",
                         "bias": False,
                     }
                 )
@@ -167,7 +166,7 @@ def _convolution(spec: ConvSpec) -> nn.Conv2d:
         spec.out_channels,
         spec.kernel_size,
         stride=spec.stride,
-        padding=spec.padding,
+        padding=spec.margin,  # in numbers, also `same`: symmetric, since no kernel is even
         dilation=spec.dilation,
         groups=spec.groups,
         bias=spec.bias,
