@@ -13,33 +13,26 @@ import typer
 
 from lcc import __version__
 from lcc.errors import LccError, RecipeError
+from lcc.measuring_commands import bench, report
 from lcc.options import (
-    Arch,
     AsJson,
     Data,
     MethodOption,
-    NumClasses,
     Resume,
     Set,
-    Weights,
     Workers,
     checked,
-    either,
     running,
     source_part,
-    sweeping,
     taking,
-    timing,
     writing,
 )
-from lcc.output import form_of, print_inspection, print_report, print_sheets, print_sweeps
+from lcc.output import form_of, print_inspection, print_report, print_sheets
 
 if TYPE_CHECKING:
-    from lcc.comparison import BenchOptions
     from lcc.methods import Method
     from lcc.recipe import ModelPart
     from lcc.settings import Settings
-    from lcc.sweep import SweepOptions
 
 app = typer.Typer(
     name="lcc",
@@ -201,80 +194,8 @@ def evaluate(
         typer.echo(f"top-1 {accuracy.top1:.2f} %{top5} on {accuracy.images:,} images of {data}")
 
 
-@app.command()
-@taking(settings=running, options=timing)
-def report(
-    sources: Annotated[
-        list[str], typer.Argument(metavar="DIR...", help="lcc directories, or other sources.")
-    ],
-    settings: "Settings",
-    options: "BenchOptions",
-    *,
-    original: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="What they were made from, with its weights.")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="Measure accuracy on this data set.")] = None,
-    arch: Arch = None,
-    weights: Weights = None,
-    num_classes: NumClasses = None,
-    latency: Annotated[bool, typer.Option(help="Measure latency.")] = True,
-    layers: Annotated[bool, typer.Option(help="Measure every replaced layer, too.")] = True,
-    as_json: AsJson = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
-    as_md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
-) -> None:
-    """Put networks side by side: parameters, MACs, bytes, accuracy, measured latency."""
-    from lcc import pipeline
-
-    form = form_of(as_json=as_json, as_csv=as_csv, as_md=as_md)
-    parts = tuple(either(source, arch, weights, num_classes) for source in sources)
-    first = None
-    if original is not None:
-        named = either(original, arch, weights, num_classes)
-        is_bare_file = Path(original).is_file() and arch is None
-        first = pipeline.teacher_part(original, parts[0]) if is_bare_file else named
-    timed = replace(options, layers=layers) if latency else None
-    print_report(pipeline.report(parts, settings, original=first, text=data, options=timed), form)
-
-
-@app.command()
-@taking(settings=running, options=timing, operators=sweeping)
-def bench(
-    settings: "Settings",
-    options: "BenchOptions",
-    operators: "SweepOptions | None",
-    *,
-    targets: Annotated[
-        list[str] | None, typer.Argument(metavar="DIR|ONNX...", help="The first one is the baseline.")
-    ] = None,
-    arch: Arch = None,
-    weights: Weights = None,
-    num_classes: NumClasses = None,
-    plot: Annotated[Path | None, typer.Option(help="With --sweep: write a plot, such as sweep.png.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Time networks and ONNX files against each other, interleaved; with --sweep, operators."""
-    from lcc import comparison, sweep_views
-    from lcc.inspection import bench_sheet
-
-    if operators is not None:
-        if targets or arch or weights or num_classes:
-            raise RecipeError("--sweep times operators, not networks; leave out one or the other")
-        if plot is not None:
-            sweep_views.check_plot(plot)
-        sweeps = comparison.bench_operators(operators, settings, options)
-        print_sweeps(sweeps, as_json=as_json)
-        if plot is not None:
-            sweep_views.write_plot(sweeps, plot)
-        return
-    if not targets or plot is not None:
-        raise RecipeError("name networks or ONNX files to time; or operators, and a --plot: --sweep all")
-    parts = tuple(either(target, arch, weights, num_classes) for target in targets)
-    results = comparison.bench(parts, settings, options)
-    if as_json:
-        typer.echo("[" + ",\n".join(result.model_dump_json(indent=2) for result in results) + "]")
-    else:
-        print_sheets([bench_sheet(result) for result in results])
+app.command()(report)
+app.command()(bench)
 
 
 @app.command()

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from lcc.recipe import ModelPart
     from lcc.report import LayerRow
     from lcc.settings import Settings
-    from lcc.sweep import Sweep, SweepOptions
+    from lcc.sweep import Sweep
+    from lcc.sweep_axes import SweepOptions
 
 
 @dataclass(frozen=True)

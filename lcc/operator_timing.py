@@ -18,7 +18,7 @@ from lcc.measure import Bench, bench_onnx, bench_torch, check_device, one_run
 from lcc.methods import LowCostOp
 from lcc.onnx_export import INPUT, layer_file
 from lcc.onnx_runtime import Session
-from lcc.sweep import Axis, Point, Runtime, Shape, Sweep, SweepOptions, break_evens
+from lcc.sweep import Point, Runtime, Sweep, break_evens
 from lcc.timing import MIN_RUNS, RUNS, seconds_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from lcc.methods import Method
     from lcc.onnx_runtime import Device
+    from lcc.sweep_axes import Axis, Shape, SweepOptions
 
 DENSE = "dense"
 RUNTIMES: dict[Runtime, str] = {"torch": "in eager torch", "onnx": "in ONNX Runtime"}

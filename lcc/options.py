@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lcc.comparison import BenchOptions
     from lcc.recipe import ModelPart
     from lcc.settings import Settings
-    from lcc.sweep import SweepOptions
+    from lcc.sweep_axes import SweepOptions
 
 Options = TypeVar("Options")
 
@@ -149,6 +149,10 @@ def sweeping(
             help="With --sweep: what is not swept; default: channels=256,size=64,kernel=3.",
         ),
     ] = None,
+    costs: Annotated[
+        bool,
+        typer.Option("--costs", help="With --sweep: count parameters and MACs; nothing is timed."),
+    ] = False,
     max_seconds: Annotated[
         float | None,
         typer.Option(min=1, help="With --sweep: longest time for one shape in one runtime; default: 180."),
@@ -156,21 +160,24 @@ def sweeping(
 ) -> "SweepOptions | None":
     """Return what is swept; None: nothing."""
     if not sweep:
-        given = {"--method": method, "--fixed": fixed, "--max-seconds": max_seconds}
+        given = {"--method": method, "--fixed": fixed, "--costs": costs, "--max-seconds": max_seconds}
         for option, value in given.items():
             if value:
-                raise RecipeError(f"{option} says how operators are timed; add --sweep channels")
+                raise RecipeError(f"{option} is about operators; add --sweep channels")
         return None
-    from lcc import sweep as sweeps
+    if costs and max_seconds is not None:
+        raise RecipeError("--costs times nothing; leave out --max-seconds")
+    from lcc import sweep_axes as sweeps
     from lcc.methods import METHODS
     from lcc.recipe import method_from_text
 
-    names = method or [name for name, kind in METHODS.items() if "conv" in kind.kinds]
+    names = method or [name for name, kind in METHODS.items() if costs or "conv" in kind.kinds]
     return sweeps.SweepOptions(
         axes=sweeps.axes_from_text(sweep),
         methods=tuple(method_from_text(name) for name in names),
         fixed=sweeps.Shape() if fixed is None else sweeps.shape_from_text(fixed),
         seconds=sweeps.SECONDS if max_seconds is None else max_seconds,
+        costs=costs,
     )
 
 

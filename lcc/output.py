@@ -11,6 +11,7 @@ from lcc.errors import RecipeError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lcc.cost_sweep import CostSweep
     from lcc.inspection import Inspection
     from lcc.report import Report
     from lcc.sweep import Sweep
@@ -61,6 +62,20 @@ def print_sweeps(values: Sequence[Sweep], *, as_json: bool) -> None:
         typer.echo("[" + ",\n".join(value.model_dump_json(indent=2) for value in values) + "]")
     else:
         print_sheets(sweep_sheets(values))
+
+
+def print_costs(values: Sequence[CostSweep], form: Form) -> None:
+    """Print what operators cost as tables, as JSON or as CSV."""
+    from lcc.cost_views import cost_sheets, to_rows
+
+    if form == "json":
+        typer.echo("[" + ",\n".join(value.model_dump_json(indent=2) for value in values) + "]")
+    elif form == "csv":
+        from lcc.report import csv_text
+
+        typer.echo(csv_text(to_rows(values)), nl=False)
+    else:
+        print_sheets(cost_sheets(values))
 
 
 def print_sheets(sheets: Sequence[Sheet]) -> None:

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import csv
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lcc.evaluation import Accuracy
 from lcc.measure import Conditions, LayerLatency
 from lcc.methods import Fit
 from lcc.specs import ConvSpec, Cost, Frozen, Size, StepSpec
 from lcc.timing import Latency, Speedup
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 
 class LayerRow(Frozen):
@@ -84,7 +87,7 @@ def to_json(report: Report) -> str:
 
 def to_csv(report: Report) -> str:
     """Return one line per model; an empty field is not known."""
-    return _csv(
+    return csv_text(
         {
             "model": model.name,
             "source": model.source,
@@ -111,7 +114,7 @@ def to_csv(report: Report) -> str:
 
 def layers_to_csv(report: Report) -> str:
     """Return one line per converted site of every model; an empty field is not known."""
-    return _csv(
+    return csv_text(
         {
             "model": model.name,
             "site": row.site,
@@ -151,7 +154,8 @@ def _layer_timed(runtime: str, latency: LayerLatency | None) -> dict[str, object
     }
 
 
-def _csv(rows: Any) -> str:
+def csv_text(rows: Iterable[Mapping[str, object]]) -> str:
+    """Return rows as CSV, under the names that the first one has; None is an empty field."""
     records = list(rows)
     text = StringIO()
     if records:

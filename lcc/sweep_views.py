@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from lcc.errors import RecipeError
+from lcc.plots import COLOURS, MARKERS, save, scale_
+from lcc.sweep_axes import LABELS, fixed_in_words
 from lcc.tables import BAD, GOOD, QUIET, TIMES, UNKNOWN, Cell, Sheet, ms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from lcc.sweep import Axis, BreakEven, Point, Runtime, Sweep
+    from lcc.sweep import BreakEven, Point, Runtime, Sweep
 
 RUNTIMES: dict[Runtime, str] = {"torch": "eager torch", "onnx": "ONNX Runtime"}
-LABELS: dict[Axis, str] = {"channels": "channels", "size": "image size", "kernel": "kernel size"}
-# Okabe and Ito's colours, which the colour-blind tell apart too; without yellow, faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
-GREY = "0.35"
-SMALL, LETTERS = 6.5, 20  # points, and how many letters of that size fit in an inch
 
 
 def sweep_sheets(sweeps: Sequence[Sweep]) -> list[Sheet]:
@@ -40,14 +33,13 @@ def _sweep_sheet(sweep: Sweep) -> Sheet:
             (Cell(str(point.value)), _dense(point), *(_median(point, name) for name in names)),
             (Cell("  p10 to p90", QUIET), _dense_spread(point), *(_spread(point, name) for name in names)),
         ]
-    fixed = ", ".join(f"{LABELS[axis]} {getattr(sweep.fixed, axis)}" for axis in LABELS if axis != sweep.axis)
     noisy = any(latency.noisy for point in sweep.points for latency in point.latencies.values())
     return Sheet(
         title=f"speed-up over dense, {RUNTIMES[sweep.runtime]}",
         headers=(LABELS[sweep.axis], "dense ms", *sweep.operators),
         rows=tuple(rows),
         notes=(
-            f"time of a dense convolution over an operator's; {fixed}",
+            f"time of a dense convolution over an operator's; {fixed_in_words(sweep.fixed, {sweep.axis})}",
             *sweep.notes,
             *(("~ the middle half of the runs spreads over more than 10 % of the median",) if noisy else ()),
             str(sweep.conditions),
@@ -100,22 +92,6 @@ def _break_even(found: BreakEven | None) -> Cell:
     return Cell(f"{found.median}{spread}", BAD if found.median.relation == "above" else GOOD)
 
 
-def check_plot(path: Path) -> None:
-    """Make sure, before any long work, that a plot can be written there.
-
-    Raises: RecipeError: matplotlib is missing, it knows no such format, or the folder can't be written.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise RecipeError("--plot needs matplotlib: pip install 'lcc[plot]'") from error
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix.removeprefix(".").lower() not in known:
-        raise RecipeError(f"--plot {path}: name a file such as sweep.png; known: {', '.join(known)}")
-    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise RecipeError(f"--plot {path}: there is no such folder that you can write to")
-
-
 def write_plot(sweeps: Sequence[Sweep], path: Path) -> None:
     """Write a plot of speed-ups: a row for each runtime, a column for each axis, bands from p10 to p90.
 
@@ -146,12 +122,7 @@ def write_plot(sweeps: Sequence[Sweep], path: Path) -> None:
         ncols=max(1, min(len(names), int(width / 1.7))),
         frameon=False,
     )
-    lines_of_text = [part for line in _conditions(sweeps) for part in wrap(line, int(width * LETTERS))]
-    figure.supxlabel("\n".join(lines_of_text), fontsize=SMALL, color=GREY)
-    try:
-        figure.savefig(path, dpi=160)
-    except OSError as error:
-        raise RecipeError(f"--plot {path}: can't be written ({error.strerror})") from error
+    save(figure, path, _conditions(sweeps))
 
 
 def _draw_(panel: Any, sweep: Sweep, looks: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -164,22 +135,16 @@ def _draw_(panel: Any, sweep: Sweep, looks: dict[str, dict[str, str]]) -> dict[s
         (lines[name],) = panel.plot(values, [s.median for _, s in at], markersize=4.5, **looks[name])
         low, high = [s.p10 for _, s in at], [s.p90 for _, s in at]
         panel.fill_between(values, low, high, color=looks[name]["color"], alpha=0.15, linewidth=0)
-    panel.set_xscale("log", base=2)
-    panel.set_yscale("log", base=2)
-    ticks = [point.value for point in sweep.points]
-    panel.set_xticks(ticks, labels=[str(tick) for tick in ticks])
-    panel.xaxis.minorticks_off()
+    scale_(panel, [point.value for point in sweep.points])
     panel.yaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}")
-    panel.grid(alpha=0.25, linewidth=0.6)
     return lines
 
 
 def _conditions(sweeps: Sequence[Sweep]) -> list[str]:
     """Return in lines what the axes don't say."""
-    held = {axis: getattr(sweep.fixed, axis) for sweep in sweeps for axis in LABELS if axis != sweep.axis}
-    lines = [
-        f"where not swept: {', '.join(f'{LABELS[axis]} {held[axis]}' for axis in LABELS if axis in held)}"
-    ]
+    swept = {sweep.axis for sweep in sweeps}
+    held = fixed_in_words(sweeps[0].fixed, swept if len(swept) == 1 else ())
+    lines = [f"where not swept: {held}"]
     lines += dict.fromkeys(_setting(sweep) for sweep in sweeps)
     return [*lines, "median over interleaved rounds; bands from the 10th to the 90th percentile"]
 

@@ -10,24 +10,15 @@ import pytest
 import torch
 from onnx_graphs import make, serialised
 
-from lcc import measure, operator_timing, sweep_views
+from lcc import measure, operator_timing, plots, sweep_views
 from lcc.cli import main
 from lcc.errors import CheckFailedError, RecipeError
 from lcc.methods import METHODS, Lowering
 from lcc.methods.linear_mix import LinearMix
 from lcc.operator_timing import affordable, sweep_operators
 from lcc.recipe import method_from_text
-from lcc.sweep import (
-    Crossing,
-    Point,
-    Shape,
-    Sweep,
-    SweepOptions,
-    axes_from_text,
-    break_evens,
-    crossing,
-    shape_from_text,
-)
+from lcc.sweep import Crossing, Point, Sweep, break_evens, crossing
+from lcc.sweep_axes import Shape, SweepOptions, axes_from_text, shape_from_text
 from lcc.timing import Latency, Speedup
 
 TINY = Shape(channels=4, size=8, kernel=3)
@@ -328,7 +319,7 @@ def test_the_plot_has_a_panel_for_every_sweep_and_a_line_for_every_operator(swep
 
 
 def test_the_plot_is_a_picture(swept, tmp_path):
-    sweep_views.check_plot(tmp_path / "sweep.png")
+    plots.check_plot(tmp_path / "sweep.png")
     sweep_views.write_plot(swept, tmp_path / "sweep.png")
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
@@ -338,7 +329,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RecipeError, match=r"pip install 'lcc\[plot\]'"):
-        sweep_views.check_plot(tmp_path / "sweep.png")
+        plots.check_plot(tmp_path / "sweep.png")
 
 
 def run(monkeypatch, capsys, *arguments):
