@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from lcc.convolutions import conv_spec
 from lcc.methods import LowCostOp
 from lcc.shapes import SIDE, shapes_inside, size_in
 from lcc.specs import Activation, ConvSpec, StepSpec
@@ -101,21 +102,6 @@ def anatomy(
     if shortcut is not None:
         _refuse_by_size(spec, roles, shapes, x, end)
     return spec
-
-
-def conv_spec(conv: nn.Conv2d) -> ConvSpec:
-    """Return the description of a convolution."""
-    return ConvSpec(
-        in_channels=int(conv.in_channels),
-        out_channels=int(conv.out_channels),
-        kernel_size=_pair(conv.kernel_size),
-        stride=_pair(conv.stride),
-        padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),  # type: ignore[arg-type]  # pydantic checks
-        dilation=_pair(conv.dilation),
-        groups=int(conv.groups),
-        bias=conv.bias is not None,
-        padding_mode=conv.padding_mode,
-    )
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -258,8 +244,3 @@ def _spec(layer: nn.Module) -> ConvSpec:
         kernel_size=(1, 1),
         bias=layer.bias is not None,
     )
-
-
-def _pair(value: tuple[int, ...]) -> tuple[int, int]:
-    height, width = value
-    return int(height), int(width)  # a host may have computed them with numpy

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lcc.convolutions import convolution
 from lcc.ops.activations import activate
 from lcc.specs import ConvSpec, StepSpec
 
@@ -26,21 +27,6 @@ def dense(spec: ConvSpec | StepSpec) -> nn.Module:
     if isinstance(spec, ConvSpec):
         return convolution(spec)
     return Transition(spec) if spec.is_transition else ResidualStep(spec)
-
-
-def convolution(spec: ConvSpec) -> nn.Conv2d:
-    """Return the convolution."""
-    return nn.Conv2d(
-        spec.in_channels,
-        spec.out_channels,
-        spec.kernel_size,
-        stride=spec.stride,
-        padding=spec.padding,
-        dilation=spec.dilation,
-        groups=spec.groups,
-        bias=spec.bias,
-        padding_mode=spec.padding_mode,
-    )
 
 
 class ResidualStep(nn.Module):

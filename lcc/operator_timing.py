@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lcc import progress
+from lcc.convolutions import convolution
 from lcc.errors import CheckFailedError, RecipeError
 from lcc.lowering import choose
 from lcc.measure import Bench, bench_onnx, bench_torch, check_device, one_run
@@ -158,11 +159,7 @@ def affordable(times: dict[str, float], seconds: float, rounds: int) -> tuple[in
 def _rivals(shape: Shape, methods: Sequence[Method]) -> tuple[dict[str, nn.Module], list[Remark]]:
     """Return the dense convolution and every operator that can stand in for it, and why others can't."""
     spec = shape.spec
-    rivals: dict[str, nn.Module] = {
-        DENSE: nn.Conv2d(
-            spec.in_channels, spec.out_channels, spec.kernel_size, padding=shape.kernel // 2, bias=False
-        )
-    }
+    rivals: dict[str, nn.Module] = {DENSE: convolution(spec)}
     remarks = []
     for method in methods:
         why = method.why_not(spec) if "conv" in method.kinds else "it stands in for no convolution"

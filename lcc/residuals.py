@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from lcc.anatomy import NotAStepError, anatomy, conv_spec
+from lcc.anatomy import NotAStepError, anatomy
+from lcc.convolutions import conv_spec
 from lcc.shapes import shapes_inside, width
 from lcc.skips import Around, around_body
 from lcc.specs import StepSpec

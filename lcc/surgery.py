@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lcc.anatomy import conv_spec, has_hooks
+from lcc.anatomy import has_hooks
 from lcc.calls import Calls, record_calls, sole_norms
+from lcc.convolutions import conv_spec
 from lcc.errors import RecipeError
 from lcc.methods import LowCostOp
 from lcc.plan import Plan, Site, other_kind

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from lcc.anatomy import conv_spec
+from lcc.convolutions import conv_spec
 from lcc.counts import count_macs
 from lcc.errors import SourceError
 from lcc.methods.linear_mix import LinearMix

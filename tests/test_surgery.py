@@ -28,7 +28,7 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from lcc import surgery
-from lcc.anatomy import conv_spec
+from lcc.convolutions import conv_spec
 from lcc.errors import RecipeError
 from lcc.methods import LowCostOp
 from lcc.methods.linear_mix import LinearMix

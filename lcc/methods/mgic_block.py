@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lcc.convolutions import convolution
 from lcc.methods.base import Fit, LowCostOp, Lowering
 from lcc.methods.mgic_start import start_
 from lcc.ops.activations import activate
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from lcc.methods.mgic import Mgic
     from lcc.methods.mgic_design import Design, Gate
     from lcc.ops.regression import Samples
-    from lcc.specs import Activation, ConvSpec, Size, StepSpec
+    from lcc.specs import Activation, Size, StepSpec
 
 # How fast the regression moves kernels, in units of their size: at a step of the demo's ResNet-20 (layer2.1,
 # group_size 8) 1, 4, 8 and 16 end with errors of 0.26, 0.21, 0.20 and 0.19.
@@ -263,22 +264,6 @@ def _from_level(design: Design, depth: int) -> Level | Block:
     if depth < len(design.levels) - 1:
         return Level(design, depth)
     return Block(design.levels[depth].step, design, clips=design.clips_coarsest)
-
-
-def convolution(spec: ConvSpec) -> nn.Conv2d:
-    """Return the convolution."""
-    assert not isinstance(spec.padding, str)
-    return nn.Conv2d(
-        spec.in_channels,
-        spec.out_channels,
-        spec.kernel_size,
-        stride=spec.stride,
-        padding=spec.padding,
-        dilation=spec.dilation,
-        groups=spec.groups,
-        bias=spec.bias,
-        padding_mode=spec.padding_mode,
-    )
 
 
 def _norm(channels: int, spec: StepSpec) -> nn.BatchNorm2d:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lcc.convolutions import convolution
 from lcc.methods.base import Fit, Lowering, Scalable, as_conv
 from lcc.methods.mgic_conv_fit import ConvActivations, fit_
 from lcc.ops.fit import relative_error
@@ -54,7 +55,7 @@ class MgicConv(Scalable):
                 for level in levels[1:]
             ),
         )
-        self.kernels = nn.ModuleList(_convolution(level) for level in self.level_specs)
+        self.kernels = nn.ModuleList(convolution(level) for level in self.level_specs)
         self.restrict, self.prolong = nn.ModuleList(), nn.ModuleList()
         for fine, coarse in pairwise(levels):
             self.restrict.append(nn.Conv2d(fine.width, coarse.width, 1, groups=fine.groups, bias=False))
@@ -158,17 +159,3 @@ class MgicConv(Scalable):
         for coarser in self.kernels[1:]:
             nn.init.kaiming_normal_(as_conv(coarser).weight, nonlinearity="linear")
         nn.init.kaiming_normal_(self.finest.weight, nonlinearity="relu")
-
-
-def _convolution(spec: ConvSpec) -> nn.Conv2d:
-    return nn.Conv2d(
-        spec.in_channels,
-        spec.out_channels,
-        spec.kernel_size,
-        stride=spec.stride,
-        padding=spec.margin,  # in numbers, also `same`: symmetric, since no kernel is even
-        dilation=spec.dilation,
-        groups=spec.groups,
-        bias=spec.bias,
-        padding_mode=spec.padding_mode,
-    )
