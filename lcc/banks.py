@@ -12,56 +12,45 @@ import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from lcc.alignment import align_, inner_pairs
-from lcc.methods.base import as_conv
+from lcc.errors import NothingToConvertError
 from lcc.methods.shared import Shared
-from lcc.ops.fit import relative_error
 from lcc.plan import Group, Kept, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import Tensor, nn
+    from torch import nn
 
+    from lcc.alignment import Alignment
     from lcc.plan import Site
 
 ALONE = "the kernels of the other sites of its shape are too unlike its own"
 
 
-def settle_banks_(model: nn.Module, sites: tuple[Site, ...], plan: Plan) -> Plan:
+def settle_banks_(model: nn.Module, sites: tuple[Site, ...], plan: Plan) -> tuple[Plan, Alignment | None]:
     """Return the plan with one group for each bank; order inner channels in place where a bank asks for it.
 
     A group that is to have several kernels is split by how alike its dense kernels are. A site that is alone
-    then stays dense.
+    then stays dense. The alignment is that of the banks, None where none asks for it.
+    Raises: NothingToConvertError: every site is alone.
     """
-    align = [g for g in plan.groups if isinstance(g.method, Shared) and g.method.align]
-    pairs = inner_pairs(model, sites) if align else ()
-    if align:
-        align_(model, [group.sites for group in align], pairs)
-    settled = plan.model_copy(
-        update={"groups": tuple(part for g in plan.groups for part in _split(model, g))}
-    )
-    still = settled.methods()
+    pairs = inner_pairs(model, sites) if _to_align(plan) else ()
+    alignment = align_(model, _to_align(plan), pairs) if _to_align(plan) else None
+    split = plan.model_copy(update={"groups": tuple(part for g in plan.groups for part in _split(model, g))})
+    still = split.methods()
+    if not still:
+        raise NothingToConvertError(
+            "nothing to convert: every site would have a kernel of its own; ask for fewer"
+        )
     lost = [site for group in plan.groups for site in group.sites if site not in still]
-    if align and len(settled.groups) > len(plan.groups):
-        banks = [g.sites for g in settled.groups if isinstance(g.method, Shared) and g.method.align]
-        align_(model, banks, pairs)
+    if _to_align(split) != _to_align(plan):
+        alignment = align_(model, _to_align(split), pairs)
     kept = (*plan.kept, *(Kept(site=site, reason=ALONE) for site in lost))
-    return settled.model_copy(update={"kept": kept})
+    return split.model_copy(update={"kept": kept}), alignment
 
 
-def spread(model: nn.Module, plan: Plan) -> float | None:
-    """Return the distance of kernels from their banks' means, over their size; None: there is no bank."""
-    lost, norms = torch.zeros(2, dtype=torch.float64)
-    for group in plan.groups:
-        if group.method.shares:
-            kernels = torch.stack([_kernel(model, site) for site in group.sites]).double()
-            lost += (kernels - kernels.mean(0)).square().sum()
-            norms += kernels.square().sum()
-    return relative_error(lost, norms) if norms > 0 else None
-
-
-def _kernel(model: nn.Module, site: str) -> Tensor:
-    return as_conv(model.get_submodule(site)).weight.detach()
+def _to_align(plan: Plan) -> list[tuple[str, ...]]:
+    return [g.sites for g in plan.groups if isinstance(g.method, Shared) and g.method.align]
 
 
 def _split(model: nn.Module, group: Group) -> Iterator[Group]:
@@ -70,7 +59,7 @@ def _split(model: nn.Module, group: Group) -> Iterator[Group]:
     if not isinstance(method, Shared) or method.kernels == 1:
         yield group
         return
-    rows = torch.stack([_kernel(model, site).flatten() for site in group.sites])
+    rows = torch.stack([model.get_parameter(f"{site}.weight").detach().flatten() for site in group.sites])
     tree = linkage(torch.nn.functional.normalize(rows.double(), dim=1).numpy(), method="ward")
     labels = fcluster(tree, method.kernels, criterion="maxclust")
     for label in sorted(set(labels), key=list(labels).index):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lcc import calibrate, data, models, progress, surgery
-from lcc.banks import settle_banks_, spread
+from lcc.banks import settle_banks_
 from lcc.evaluation import pick_device
 from lcc.fit_store import FitStore, conversion_key
 from lcc.manifest import event_now
@@ -86,14 +85,13 @@ def convert_network(
 
 
 def _settled_(model: nn.Module, sites: tuple[Site, ...], plan: Plan, settings: Settings) -> Plan:
-    """Return the plan with its banks settled, and say how alike the kernels of one bank were and became."""
-    before = spread(model, plan)
-    plan = settle_banks_(model, sites, plan)
-    after = spread(model, plan)
-    if before is not None and after is not None and not math.isclose(before, after):
+    """Return the plan with its banks settled, and say how alike the kernels of a bank became."""
+    plan, alignment = settle_banks_(model, sites, plan)
+    if alignment is not None and alignment.moved:
+        before, after = alignment.distances[0], alignment.distances[-1]
         settings.say(
-            f"kernels to be shared were {before:.2f} from their mean, relative, and are {after:.2f} from it "
-            "after reordering inner channels and splitting into banks; the network computes the same"
+            f"kernels to be shared were {before:.2f} from their mean and are {after:.2f} from it, relative, "
+            f"with inner channels reordered in {alignment.moved} places; the network computes the same"
         )
     return plan
 
