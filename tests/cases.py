@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
+from mgic_reference import mgic_reference
 from reference import circulant_reference, linear_mix_reference, shared_reference
 from step_reference import step_reference
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from lcc.methods import METHODS, LinearOp, Method
 from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.mgic import Mgic
 from lcc.methods.reaction_diffusion import RdCirculant, RdExplicit, RdImplicit
 from lcc.methods.shared import Shared
 from lcc.specs import ConvSpec, Size, StepSpec
@@ -40,6 +42,38 @@ def step(channels, kernel=(3, 3), **options) -> StepSpec:
     return StepSpec(channels=channels, convs=(inner, inner), norm_params=4 * channels, **options)
 
 
+def block(*widths, kernels, depthwise=None, stride=1, squeeze=0, shortcut=False, **options) -> StepSpec:
+    """Convolutions from width to width, each with a BatchNorm; the first one that is not 1x1 has the stride.
+
+    `depthwise` is the number of one that is. `squeeze`: squeeze-and-excitation has so many hidden channels.
+    """
+    strided = next(number for number, k in enumerate(kernels) if k > 1)
+    convs = tuple(
+        conv(
+            wide,
+            (k, k),
+            out=out,
+            padding=(k // 2, k // 2),
+            groups=wide if number == depthwise else 1,
+            stride=(stride, stride) if number == strided else (1, 1),
+        )
+        for number, ((wide, out), k) in enumerate(zip(pairwise(widths), kernels, strict=True))
+    )
+    gated = widths[-1] if depthwise is None else widths[depthwise]
+    gate = (conv(gated, (1, 1), out=squeeze, bias=True), conv(squeeze, (1, 1), out=gated, bias=True))
+    beside = conv(widths[0], (1, 1), out=widths[-1], stride=(stride, stride))
+    return StepSpec(
+        channels=widths[-1],
+        in_channels=widths[0],
+        stride=(stride, stride),
+        convs=convs,
+        squeeze=gate if squeeze else (),
+        shortcut=(beside,) if shortcut else (),
+        norm_params=2 * sum(widths[1:]) + 2 * widths[-1] * shortcut,
+        **options,
+    )
+
+
 # The padded 3x3 convolution of a ResNet, and everything that makes one different.
 SHAPES = (
     conv(4, padding=(1, 1)),
@@ -61,6 +95,22 @@ STEPS = (
     step(4, kernel=(5, 3), post="gelu", norm_eps=1e-3, norm_momentum=0.01),
     step(4, kernel=(1, 1), pre_norm=True),
 )
+
+BOTTLENECK = block(8, 4, 4, 8, kernels=(1, 3, 1), post="relu")
+INVERTED = block(4, 12, 12, 4, kernels=(1, 3, 1), depthwise=1, squeeze=6, activation="hardswish")
+BLOCKS = (
+    BOTTLENECK,
+    INVERTED,
+    block(4, 8, 8, 4, kernels=(1, 5, 1), depthwise=1, activation="relu6", norm_momentum=None),
+    block(4, 4, 4, kernels=(3, 1), depthwise=0, squeeze=3, activation="silu"),
+    block(8, 8, 8, kernels=(3, 3), squeeze=8, post="relu"),
+    block(4, 8, 8, kernels=(3, 3), stride=2, shortcut=True, post="relu"),
+    block(8, 4, 4, 16, kernels=(1, 3, 1), stride=2, shortcut=True, post="relu"),
+    block(6, 4, 4, kernels=(3, 3), shortcut=True, post="relu"),
+    block(6, 12, 12, 4, kernels=(1, 3, 1), depthwise=1, stride=2, activation="relu6"),
+)
+
+MGIC = Mgic(group_size=2, coarsest=2, transitions=True)
 
 CASES: dict[str, tuple[Case, ...]] = {
     "linear_mix": (
@@ -106,10 +156,21 @@ CASES: dict[str, tuple[Case, ...]] = {
         Case(Shared(method=LinearMix()), SHAPES[1]),
         Case(Shared(scale=True, method=LinearMix(group_size=2, stencil="cross")), SHAPES[2]),
     ),
+    "mgic": (
+        *(Case(Mgic(group_size=2, coarsest=2), spec) for spec in SHAPES),
+        *(Case(Mgic(group_size=2, coarsest=2), STEPS[number]) for number in (0, 2)),
+        *(Case(MGIC, spec) for spec in BLOCKS),
+        *(Case(MGIC.model_copy(update={"as_released": True}), spec) for spec in BLOCKS),
+        Case(Mgic(), STEPS[0]),
+        Case(Mgic(), conv(4, padding=(1, 1))),
+        Case(Mgic(group_size=2, coarsest=2, change_channels=True), conv(4, out=6, padding=(1, 1), bias=True)),
+        Case(Mgic(change_channels=True), conv(6, out=3, padding=(1, 1), stride=(2, 2))),
+    ),
 }
 ORACLES = {
     "linear_mix": linear_mix_reference,
     "circulant": circulant_reference,
+    "mgic": mgic_reference,
     "shared": shared_reference,
     **dict.fromkeys(("rd_explicit", "rd_implicit", "rd_circulant"), step_reference),
 }
@@ -128,6 +189,15 @@ METHOD_STRATEGIES = {
     "rd_circulant": st.builds(
         RdCirculant, boundary=st.sampled_from(["zeros", "periodic"]), kernel_size=KERNELS
     ),
+    "mgic": st.builds(
+        Mgic,
+        group_size=st.integers(1, 3),
+        coarsest=st.integers(2, 4),
+        form=st.sampled_from(["both", "block", "conv"]),
+        transitions=st.booleans(),
+        change_channels=st.booleans(),
+        as_released=st.booleans(),
+    ),
     "shared": st.builds(
         Shared, scale=st.booleans(), method=st.sampled_from([None, LinearMix(), LinearMix(group_size=2)])
     ),
@@ -139,6 +209,7 @@ ONNX = {
     "rd_explicit": (0, 2, 4, 5),
     "rd_implicit": (0, 2, 4, 5, 6),
     "rd_circulant": (0, 1, 4, 6, 7),
+    "mgic": (1, 2, 8, 9, *range(11, 22), 23, 25, 33, 34),
     "shared": (1, 11, 16, 17, 20),
 }
 # Whose output channels share one scale.
@@ -176,33 +247,68 @@ STEP_SPECS = st.builds(
     pre_norm=st.booleans(),
     drop_path=st.sampled_from([0.0, 0.2]),
 )
-SPECS = {"conv": CONV_SPECS, "step": STEP_SPECS}
+TRANSITION_SPECS = st.builds(
+    lambda c_in, c_out, kernel, **options: block(c_in, c_out, c_out, kernels=(kernel, 3), **options),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(2, 5),
+    stride=st.integers(1, 2),
+    shortcut=st.booleans(),
+    post=st.sampled_from([None, "relu"]),
+).filter(lambda spec: spec.is_transition)
+SPECS = {"conv": CONV_SPECS, "step": STEP_SPECS, "transition": TRANSITION_SPECS}
 # Every method on every kind of site that it takes.
 METHODS_BY_KIND = [(name, kind) for name, method in METHODS.items() for kind in sorted(method.kinds)]
 
 
-ACTIVATIONS = {None: nn.Identity, "relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+ACTIVATIONS = {
+    None: nn.Identity,
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "silu": nn.SiLU,
+    "hardswish": nn.Hardswish,
+    "gelu": nn.GELU,
+}
 
 
 class Step(nn.Module):
-    """A residual step as the spec says, for methods to replace: x + F(x), then the activation after it."""
+    """A residual step as the spec says, for methods to replace: x + F(x), then the activation after it.
+
+    A transition adds S(x), or nothing.
+    """
 
     def __init__(self, spec: StepSpec) -> None:
         super().__init__()
-        first, *others = (
-            part for conv in spec.convs for part in (_conv(conv), nn.BatchNorm2d(spec.channels))
-        )
-        parts = [others[-1], first, *others[:-1]] if spec.pre_norm else [first, *others]
+        gated = [number for number, conv in enumerate(spec.convs) if conv.groups > 1] or [len(spec.convs) - 1]
         self.inner = nn.Sequential()
-        for part, following in pairwise([*parts, None]):
-            self.inner.append(part)
-            if isinstance(part, nn.BatchNorm2d) and following is not None:
+        for number, conv in enumerate(spec.convs):
+            if spec.pre_norm:
+                self.inner.append(nn.BatchNorm2d(conv.in_channels))
                 self.inner.append(ACTIVATIONS[spec.activation]())
+            self.inner.append(_conv(conv))
+            if not spec.pre_norm:
+                self.inner.append(nn.BatchNorm2d(conv.out_channels))
+                if conv is not spec.convs[-1]:
+                    self.inner.append(ACTIVATIONS[spec.activation]())
+            if spec.squeeze and number in gated:
+                self.inner.append(_Gate(spec))
+        shortcut = [part for conv in spec.shortcut for part in (_conv(conv), nn.BatchNorm2d(spec.channels))]
+        self.shortcut = nn.Sequential(*shortcut)
+        self.adds = bool(shortcut) or not spec.is_transition
         self.post = ACTIVATIONS[spec.post]()
 
     def forward(self, x):
         y = self.inner(x)
-        return self.post(x + y[:, :, : x.shape[2], : x.shape[3]])
+        return self.post(self.shortcut(x) + y[:, :, : x.shape[2], : x.shape[3]] if self.adds else y)
+
+
+class _Gate(nn.Module):
+    def __init__(self, spec: StepSpec) -> None:
+        super().__init__()
+        self.squeeze, self.excite = map(_conv, spec.squeeze)
+
+    def forward(self, x):
+        return x * self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
 
 def _conv(spec: ConvSpec) -> nn.Conv2d:
@@ -244,7 +350,7 @@ def perturbed(module):
 
 
 def channels_of(spec):
-    return spec.in_channels if isinstance(spec, ConvSpec) else spec.channels
+    return spec.in_channels if isinstance(spec, ConvSpec) else spec.channels_in
 
 
 def inputs(spec, count=2, *, seed=2, size=SIZE):

@@ -38,7 +38,7 @@ from safetensors.torch import save_file
 from lcc.counts import fvcore_macs
 from lcc.export import export_graph
 from lcc.methods import METHODS, LinearOp, parse_method
-from lcc.specs import Size
+from lcc.specs import Size, kind_of
 
 # Torch says once that it pads a copy; the operators must do what it does.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -51,7 +51,7 @@ def test_every_method_has_cases_an_oracle_and_random_configurations():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_there_is_a_case_of_every_kind_that_a_method_takes(name):
-    kinds = {"conv" if case in ON_CONVS else "step" for case in CASES[name]}
+    kinds = {kind_of(case.spec) for case in CASES[name]}
     assert kinds == METHODS[name].kinds
 
 

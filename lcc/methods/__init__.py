@@ -16,6 +16,7 @@ from lcc.methods.base import (
 )
 from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.mgic import Mgic
 from lcc.methods.reaction_diffusion import RdCirculant, RdExplicit, RdImplicit
 from lcc.methods.shared import Shared
 
@@ -25,6 +26,7 @@ METHODS |= {
     "rd_explicit": RdExplicit,
     "rd_implicit": RdImplicit,
     "rd_circulant": RdCirculant,
+    "mgic": Mgic,
     "shared": Shared,
 }
 

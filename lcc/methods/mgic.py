@@ -12,6 +12,7 @@ from pydantic import Field
 
 from lcc.methods.base import LowCostOp, Method, Spec
 from lcc.methods.mgic_block import MgicBlock
+from lcc.methods.mgic_conv import MgicConv
 from lcc.methods.mgic_design import Design, design, why_no_design
 from lcc.ops.multigrid import Level, levels, why_no_levels
 from lcc.specs import ConvSpec, Cost, SiteKind, Size, StepSpec
@@ -65,11 +66,7 @@ class Mgic(Method):
 
     def build(self, spec: Spec) -> LowCostOp:
         """Return the operator with freshly initialised weights."""
-        if isinstance(spec, ConvSpec):
-            from lcc.methods.mgic_conv import MgicConv
-
-            return MgicConv(self, spec)
-        return MgicBlock(self, spec)
+        return MgicConv(self, spec) if isinstance(spec, ConvSpec) else MgicBlock(self, spec)
 
     def design(self, spec: StepSpec) -> Design:
         """Return what the block form is made of."""

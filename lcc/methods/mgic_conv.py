@@ -38,7 +38,9 @@ class MgicConv(Scalable):
     def __init__(self, method: Mgic, spec: ConvSpec) -> None:
         super().__init__(method, spec)
         levels = method.conv_levels(spec)
-        finest = spec.model_copy(update={"groups": levels[0].groups})
+        # Padding in numbers, also `same`: fvcore counts no convolution that pads by a word.
+        same = spec.model_copy(update={"padding": "same"}).margin
+        finest = spec.model_copy(update={"groups": levels[0].groups, "padding": spec.margin})
         self.level_specs = (
             finest,
             *(
@@ -48,7 +50,7 @@ class MgicConv(Scalable):
                         "out_channels": level.width,
                         "groups": level.groups,
                         "stride": (1, 1),
-                        "padding": "same",
+                        "padding": same,
                         "bias": False,
                     }
                 )
