@@ -85,8 +85,10 @@ def count_macs(model: nn.Module, example: Tensor) -> MacCount:
     macs: dict[str, int] = {}
     uncounted: dict[str, str] = {}
     called: set[nn.Module] = set()
-    operators = {name: module for name, module in model.named_modules() if isinstance(module, LowCostOp)}
-    inside = {inner for operator in operators.values() for inner in operator.modules()}
+    known = {name: module for name, module in model.named_modules() if isinstance(module, LowCostOp)}
+    inside = {inner for operator in known.values() for inner in operator.modules()}
+    parts = {inner for operator in known.values() for inner in operator.modules() if inner is not operator}
+    operators = {name: operator for name, operator in known.items() if operator not in parts}
 
     def note(name: str, rule: Callable[[Any, Tensor, Tensor], int] | None) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from lcc.counts import count_macs, count_norm_params, count_params, fvcore_macs
 from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.shared import Shared
 from lcc.ops.circulant import periodic_circulant
 from lcc.specs import ConvSpec, Size, fft_macs
 
@@ -82,6 +83,15 @@ def test_a_module_called_twice_costs_twice():
 def test_an_operator_costs_what_its_method_says_and_what_its_parts_cost(stencil):
     method = LinearMix(stencil=stencil)
     network, example = nn.Sequential(method.build(SPEC)), torch.randn(1, 8, 6, 7)
+    wanted = method.cost(SPEC, Size(height=6, width=7)).macs
+    assert count_macs(network, example).by_module == {"0": wanted}
+    assert fvcore_macs(network, example).macs == wanted
+
+
+@pytest.mark.parametrize("inner", [None, LinearMix()], ids=str)
+def test_an_operator_inside_another_is_a_part_of_it_and_counts_once(inner):
+    method = Shared(method=inner)
+    network, example = nn.Sequential(method.build(SPEC), nn.ReLU()), torch.randn(1, 8, 6, 7)
     wanted = method.cost(SPEC, Size(height=6, width=7)).macs
     assert count_macs(network, example).by_module == {"0": wanted}
     assert fvcore_macs(network, example).macs == wanted
