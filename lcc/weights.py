@@ -170,7 +170,11 @@ def _parted(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tupl
         for name, tensor in wanted.items()
         if tensor.numel() and name in tensors
     }
-    return tuple(name for name, owner in owners.items() if not torch.equal(tensors[name], tensors[owner]))
+    return tuple(
+        name
+        for name, owner in owners.items()
+        if name != owner and not torch.equal(tensors[name], tensors[owner])  # a NaN does not equal itself
+    )
 
 
 def _load_older_(model: nn.Module, tensors: dict[str, Tensor]) -> Comparison | None:

@@ -288,6 +288,11 @@ def test_a_missing_batchnorm_counter_is_no_misfit():
     assert_same(model.state_dict(), STATE)
 
 
+def test_a_tensor_with_nan_in_it_fits():
+    diverged = {name: tensor * float("nan") for name, tensor in STATE.items() if tensor.is_floating_point()}
+    assert weights.load_into_(nn.Sequential(*network()), STATE | diverged).fits
+
+
 def test_misfits_are_listed_in_words_with_count_and_first_names():
     got = {"a": (1,), "c": (2, 3)} | {f"x{i}": () for i in range(5)}
     comparison = weights.compare(got, {"a": (1,), "b": (4,), "c": (2, 4)})
