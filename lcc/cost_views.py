@@ -102,13 +102,15 @@ class _End(NamedTuple):
 
 
 def write_plot(sweeps: Sequence[CostSweep], path: Path) -> None:
-    """Write a plot: a row for each axis, parameters on the left, MACs on the right.
+    """Write a plot: a row for each axis with something counted, parameters on the left, MACs on the right.
 
     All scales are logarithmic, so that a slope is an exponent; each line bears its name and its growth.
     Raises: RecipeError: it can't be written.
     """
     from matplotlib.figure import Figure
 
+    conditions = _conditions(sweeps)
+    sweeps = [sweep for sweep in sweeps if sweep.counted]
     looks = _looks(sweeps)
     most = len(GUIDES) + max(len(sweep.counted) for sweep in sweeps)
     height = max(PANEL, most * LABEL * LINE / 72)
@@ -119,7 +121,7 @@ def write_plot(sweeps: Sequence[CostSweep], path: Path) -> None:
             ends = [*_draw_(panel, sweep, count, looks), *_guide_(panel, sweep, count)]
             _scale_(panel, sweep, count)
             _label_(panel, ends, LABEL * LINE / 72 / height)
-    save(figure, path, _conditions(sweeps))
+    save(figure, path, conditions)
 
 
 def _looks(sweeps: Sequence[CostSweep]) -> dict[str, dict[str, str]]:

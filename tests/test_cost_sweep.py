@@ -194,6 +194,12 @@ def test_the_plot_has_a_row_for_every_axis(tmp_path):
     assert [texts.count(text) for text in ("parameters", "kernel size", "image size")] == [3, 2, 2]
 
 
+def test_an_axis_with_nothing_to_count_has_no_row_and_is_said(tmp_path):
+    texts = drawn(swept(Mgic(), channels=(63, 65), size=(16, 32)), tmp_path / "growth.svg")
+    assert [texts.count(text) for text in ("parameters", "channels", "image size")] == [1, 0, 2]
+    assert any("odd width 63" in text for text in texts)
+
+
 def run(monkeypatch, capsys, *arguments):
     """Run `lcc bench` in this process; give its exit code, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["lcc", "bench", *map(str, arguments)])
