@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field
 
 from lcc.errors import NothingToConvertError, RecipeError
 from lcc.methods import AnyMethod, Method
 from lcc.specs import ConvSpec, Cost, Frozen, SiteKind, Size, StepSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 DENSE_BY_RULE = "kept dense by a rule (or --exclude)"
 NO_RULE = "named by no rule (or --include)"
@@ -170,17 +173,11 @@ def decide(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> Plan:
     inside a step that is replaced goes with it.
     Raises: RecipeError: a rule spells out a site that its method can't take, or that another one rules out.
     """
-    choices = _without_lone([_choose(site, rules) for site in sites])
-    made: list[_Choice] = []
-    ruled_out: dict[str, str] = {}
-    for choice in sorted((c for c in choices if c.is_decision), key=lambda c: c.number):
-        reason = _ruled_out(choice, made)
-        if reason is None:
-            made.append(choice)
-        elif choice.spelled_out and choice.method is not None:
-            raise RecipeError(_refusal(choice.site, choice.method, reason))
-        else:
-            ruled_out[choice.site.name] = reason
+    choices = _without_lone([_choose(site, rules) for site in sites], {})
+    made, ruled_out = _made(choices)
+    while (fewer := _without_lone(choices, ruled_out)) != choices:
+        choices = fewer
+        made, ruled_out = _made(choices)
     taken: dict[tuple[Method, object], list[str]] = {}
     kept: list[Kept] = []
     stands = {choice.site.name for choice in made}
@@ -228,6 +225,21 @@ def _choose(site: Site, rules: tuple[Rule, ...]) -> _Choice:
     return _Choice(site, reason=passed_over or site.obstacle or NO_RULE)
 
 
+def _made(choices: list[_Choice]) -> tuple[list[_Choice], dict[str, str]]:
+    """Return the decisions that stand, and by site the reasons why others, around or inside them, don't."""
+    made: list[_Choice] = []
+    ruled_out: dict[str, str] = {}
+    for choice in sorted((c for c in choices if c.is_decision), key=lambda c: c.number):
+        reason = _ruled_out(choice, made)
+        if reason is None:
+            made.append(choice)
+        elif choice.spelled_out and choice.method is not None:
+            raise RecipeError(_refusal(choice.site, choice.method, reason))
+        else:
+            ruled_out[choice.site.name] = reason
+    return made, ruled_out
+
+
 def isomorphism(site: Site) -> object:
     """Return what sites have in common that may share a kernel: shape, stride, stage and part in a block.
 
@@ -236,16 +248,19 @@ def isomorphism(site: Site) -> object:
     return site.spec, site.sizes, site.shortcut
 
 
-def _without_lone(choices: list[_Choice]) -> list[_Choice]:
-    """Return the choices without those of methods that share where there is nothing to share with."""
+def _without_lone(choices: list[_Choice], ruled_out: Collection[str]) -> list[_Choice]:
+    """Return the choices without those of methods that share where there is nothing to share with.
+
+    `ruled_out` are sites whose choice does not stand, so that no others share with them.
+    """
     banks: dict[tuple[Method, object], list[Site]] = {}
     for choice in choices:
-        if choice.method is not None and choice.method.shares:
+        if choice.method is not None and choice.method.shares and choice.site.name not in ruled_out:
             banks.setdefault((choice.method, isomorphism(choice.site)), []).append(choice.site)
     found = []
     for choice in choices:
         reason = None
-        if choice.method is not None and choice.method.shares:
+        if choice.method is not None and choice.method.shares and choice.site.name not in ruled_out:
             reason = _lone(banks[choice.method, isomorphism(choice.site)], choice.method)
         if reason is not None and choice.spelled_out and choice.method is not None:
             raise RecipeError(_refusal(choice.site, choice.method, reason))
