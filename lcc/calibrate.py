@@ -135,8 +135,8 @@ class _Stream:
         self.on_site, self.store = on_site, store
 
     def settle(self, fit: Fit) -> None:
-        """Take the fit of its bank as its own; nothing is fitted here any more."""
-        self.fit, self.in_bank = fit, True
+        """Take the fit of its bank as its own, and let go of what was seen."""
+        self.fit = fit
         self.statistics = self.operator.statistics(free_means=self.has_norm)
         if self.on_site is not None:
             self.on_site(self.name, fit)
@@ -236,16 +236,20 @@ def _fit_banks_(
         for part in images.split(chunk):
             model(part.to(device_of(model)))
     for bank in banks:
-        if all(stream.was_called for stream in bank):
-            _fit_bank_(bank)
+        called = [stream for stream in bank if stream.was_called]
+        if called:
+            _fit_bank_(called)
+        for stream in bank:
+            stream.in_bank = True
 
 
-def _fit_bank_(bank: list[_Stream]) -> None:
-    operators, method = [stream.operator for stream in bank], bank[0].operator.method
-    kept = _norms_kept(operators[0] if all(stream.has_norm for stream in bank) else None)
-    with kept, _finite(bank[0].name):
-        fits = method.fit_bank_(operators, [stream.statistics for stream in bank])
-    for stream, fit in zip(bank, fits, strict=True):
+def _fit_bank_(called: list[_Stream]) -> None:
+    """Fit a bank to those of its sites that the images reach; what they have in common all others have."""
+    operators, method = [stream.operator for stream in called], called[0].operator.method
+    kept = _norms_kept(operators[0] if all(stream.has_norm for stream in called) else None)
+    with kept, _finite(called[0].name):
+        fits = method.fit_bank_(operators, [stream.statistics for stream in called])
+    for stream, fit in zip(called, fits, strict=True):
         stream.settle(fit)
 
 

@@ -30,6 +30,7 @@ from lcc import calibrate
 from lcc.calibrate import calibrate_, project_
 from lcc.methods import Fit
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.shared import Shared
 from lcc.ops.fit import RIDGES
 from lcc.ops.sampling import HELD_OUT_EVERY
 from lcc.surgery import find_sites, replace_
@@ -475,6 +476,37 @@ def test_a_site_that_no_image_reaches_keeps_its_projection(monkeypatch, chunk):
     _, result = converted_(model, LinearMix(), names=("always", "seldom"))
     assert result.fits["seldom"] == wanted
     assert_same({"tensors": projected.seldom.state_dict()}, {"tensors": model.seldom.state_dict()})
+
+
+class SkipsOneOfThree(SkipsForBatches):
+    """A host with one more, that it always calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = conv3(3)
+
+    def forward(self, x):
+        return super().forward(self.first(x))
+
+
+@pytest.mark.parametrize("chunk", [100, 7])
+def test_a_bank_is_fitted_to_those_of_its_sites_that_images_reach(monkeypatch, chunk):
+    monkeypatch.setattr(calibrate, "images_at_once", lambda *_: chunk)
+    model = seeded(SkipsOneOfThree)
+    originals, result = converted_(model, Shared(), names=("first", "always", "seldom"))
+    slow = seeded(SkipsOneOfThree)
+    project_(slow, replace_(slow, converts("first", "always", "seldom", method=Shared())))
+    operators, x = [slow.first, slow.always], IMAGES
+    seen = [op.statistics(free_means=False) for op in operators]
+    for name, statistics in zip(("first", "always"), seen, strict=True):
+        with torch.no_grad():
+            y = originals[name](x)
+        statistics.add(x, y)
+        x = y
+    for name, fit in zip(("first", "always"), Shared().fit_bank_(operators, seen), strict=True):
+        assert result.fits[name].relative_error == pytest.approx(fit.relative_error, rel=1e-6)
+    torch.testing.assert_close(model.seldom.kernel.weight, slow.always.kernel.weight, rtol=0, atol=1e-9)
+    assert result.fits["seldom"].how == "weights"
 
 
 # What is left behind
