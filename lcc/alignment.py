@@ -106,6 +106,7 @@ class _Banks:
             number: torch.stack([self.kernels[name] for name in group]).sum(0)
             for number, group in enumerate(groups)
         }
+        self.total = float(sum(kernel.square().sum() for kernel in self.kernels.values()))
 
     def hold(self, pair: InnerPair) -> bool:
         """Whether an order of the pair's channels matters to them."""
@@ -113,8 +114,7 @@ class _Banks:
 
     def distance(self) -> float:
         """Return how far the kernels are from their means, relative to the kernels."""
-        total = float(sum(kernel.square().sum() for kernel in self.kernels.values()))
-        return max(1 - self._agreement(self.sums) / total, 0.0) ** 0.5 if total else 0.0
+        return max(1 - self._agreement(self.sums) / self.total, 0.0) ** 0.5 if self.total else 0.0
 
     def improve(self, pair: InnerPair) -> Tensor | None:
         """Take on a better order of a pair's channels and return it; None: found none."""
