@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lcc.errors import RecipeError
 from lcc.specs import Cost, Frozen
-from lcc.sweep_axes import Axis, Shape
+from lcc.sweep_axes import ALONE, Axis, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 Form = Literal["conv", "block"]
 
 DENSE = "dense"
-ALONE = "saves by sharing among several convolutions, and this is one"
 FORMS: dict[Form, SiteKind] = {"conv": "conv", "block": "step"}
 
 

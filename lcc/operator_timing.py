@@ -20,6 +20,7 @@ from lcc.methods import LowCostOp
 from lcc.onnx_export import INPUT, layer_file
 from lcc.onnx_runtime import Session
 from lcc.sweep import Point, Runtime, Sweep, break_evens
+from lcc.sweep_axes import ALONE
 from lcc.timing import MIN_RUNS, RUNS, seconds_of
 
 if TYPE_CHECKING:
@@ -162,7 +163,10 @@ def _rivals(shape: Shape, methods: Sequence[Method]) -> tuple[dict[str, nn.Modul
     rivals: dict[str, nn.Module] = {DENSE: convolution(spec)}
     remarks = []
     for method in methods:
-        why = method.why_not(spec) if "conv" in method.kinds else "it stands in for no convolution"
+        if method.shares:
+            why: str | None = ALONE
+        else:
+            why = method.why_not(spec) if "conv" in method.kinds else "it stands in for no convolution"
         if why is not None:
             remarks.append(Remark(str(method), f"left out: {why}"))
             continue

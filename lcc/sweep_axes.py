@@ -22,6 +22,7 @@ PAPER: dict[Axis, tuple[int, ...]] = {
 }
 LABELS: dict[Axis, str] = {"channels": "channels", "size": "image size", "kernel": "kernel size"}
 SECONDS = 180.0
+ALONE = "saves by sharing among several convolutions, and this is one"
 
 
 class Shape(Frozen):

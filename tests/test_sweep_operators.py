@@ -15,10 +15,11 @@ from lcc.cli import main
 from lcc.errors import CheckFailedError, RecipeError
 from lcc.methods import METHODS, Lowering
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.shared import Shared
 from lcc.operator_timing import affordable, sweep_operators
 from lcc.recipe import method_from_text
 from lcc.sweep import Crossing, Point, Sweep, break_evens, crossing
-from lcc.sweep_axes import Shape, SweepOptions, axes_from_text, shape_from_text
+from lcc.sweep_axes import ALONE, Shape, SweepOptions, axes_from_text, shape_from_text
 from lcc.timing import Latency, Speedup
 
 TINY = Shape(channels=4, size=8, kernel=3)
@@ -180,6 +181,12 @@ def test_an_operator_that_can_not_stand_in_is_left_out_with_the_reason_where_it_
     assert [name in at.speedups for at in torch_sweep.points] == [False, True]
     reason = LinearMix(group_size=3).why_not(TINY.spec)
     assert torch_sweep.notes == onnx_sweep.notes == (f"at channels 4: {name}: left out: {reason}",)
+
+
+def test_a_method_that_saves_by_sharing_is_left_out_since_it_runs_as_a_dense_convolution(quick):
+    torch_sweep, _ = sweep_operators(options((LinearMix(), Shared()), channels=(4,)))
+    assert list(torch_sweep.points[0].speedups) == ["linear_mix"]
+    assert torch_sweep.notes == (f"shared: left out: {ALONE}",)
 
 
 def test_a_sweep_without_anything_to_time_is_refused_with_the_reason(quick):
