@@ -45,10 +45,7 @@ def convert_network(
     Raises: NothingToConvertError: no site; RecipeError: an idle rule; DataError: the images. ArtifactError:
     the folder of fits.
     """
-    sites = sites_of(original)
-    decided = make_plan(sites, rules)
-    model = copy.deepcopy(original.loaded.model)
-    decided = _settled_(model, sites, decided, settings)
+    sites, model, decided = planned(original, rules, settings)
     with models.seeded(original.loaded.source.seed):
         originals = surgery.replace_(model, decided)
     if calibration is None and original.is_random:
@@ -84,16 +81,24 @@ def convert_network(
     return sites, converted
 
 
-def _settled_(model: nn.Module, sites: tuple[Site, ...], plan: Plan, settings: Settings) -> Plan:
-    """Return the plan with its banks settled, and say how alike the kernels of a bank became."""
-    plan, alignment = settle_banks_(model, sites, plan)
+def planned(
+    original: Network, rules: tuple[Rule, ...], settings: Settings
+) -> tuple[tuple[Site, ...], nn.Module, Plan]:
+    """Return the sites of a network, a copy of it ready for surgery, and the plan with its banks settled.
+
+    Says how alike the kernels of a bank became. Raises: NothingToConvertError: no site; RecipeError: an idle
+    rule.
+    """
+    sites = sites_of(original)
+    model = copy.deepcopy(original.loaded.model)
+    plan, alignment = settle_banks_(model, sites, make_plan(sites, rules))
     if alignment is not None and alignment.moved:
         before, after = alignment.distances[0], alignment.distances[-1]
         settings.say(
             f"kernels to be shared were {before:.2f} from their mean and are {after:.2f} from it, relative, "
             f"with inner channels reordered in {alignment.moved} places; the network computes the same"
         )
-    return plan
+    return sites, model, plan
 
 
 def _fit_(

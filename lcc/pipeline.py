@@ -12,7 +12,7 @@ from lcc import artifact, data, fit_store
 from lcc import recipe as recipes
 from lcc.batches import eval_batches
 from lcc.comparison import BenchOptions, cross_checks, known_accuracy, on_data, plain_report, timed_report
-from lcc.conversion import convert_network
+from lcc.conversion import convert_network, planned
 from lcc.directory import WEIGHTS
 from lcc.errors import RecipeError
 from lcc.evaluation import Accuracy
@@ -21,7 +21,6 @@ from lcc.export import Exported, check_file, to_onnx
 from lcc.inspection import Inspection, inspection
 from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.network import Network, original_of, sites_of
-from lcc.plan import Plan, Rule, Site, make_plan
 from lcc.recipe import Calibrate, Finetune, ModelPart, Recipe
 from lcc.settings import Settings, checkpoints_of, fits_of
 from lcc.specs import Cost
@@ -31,6 +30,7 @@ from lcc.tuning import original_teacher, train_network
 if TYPE_CHECKING:
     from lcc.data import Split
     from lcc.methods import Method
+    from lcc.plan import Plan, Rule, Site
     from lcc.report import ModelRow, Report
 
 DEMO = Path(__file__).parent / "demo"
@@ -50,8 +50,7 @@ def plan(
     if calibration is not None:
         data.open_train(calibration.data)
     network = settings.open(part)
-    sites = sites_of(network)
-    decided = make_plan(sites, rules)
+    sites, _, decided = planned(network, rules, settings)
     return _inspection(network, sites, decided.groups[0].method, decided)
 
 

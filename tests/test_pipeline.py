@@ -11,6 +11,7 @@ from lcc.comparison import BenchOptions
 from lcc.errors import RecipeError
 from lcc.export import Exported, Parity
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.shared import Shared
 from lcc.network import sites_of
 from lcc.plan import Rule
 from lcc.recipe import Calibrate, Evaluate, Export, Finetune, ModelPart, Recipe
@@ -63,6 +64,15 @@ def test_random_weights_stay_random_when_a_recipe_converts_them(tmp_path, data):
     report = run(tmp_path / "out", model=NET, convert=RULES, calibrate=Calibrate(data=data, images=8))
     assert [row.random_weights for row in report.models] == [True, True]
     assert report.models[1].size_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+def test_a_dry_run_shows_the_banks_that_are_made(tmp_path):
+    rules = (Rule(match=("layer[12].*",), method=Shared(kernels=3)),)
+    shown = pipeline.plan(NET, rules, SETTINGS)
+    report = pipeline.convert(NET, tmp_path / "small", rules, SETTINGS)
+    assert shown.after.params == report.models[1].params
+    assert shown.after.macs == report.models[1].macs
+    assert sum(row.after is not None for row in shown.rows) == report.models[1].converted
 
 
 def test_weights_that_lcc_trained_are_not_random(tmp_path, data):
