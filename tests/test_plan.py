@@ -539,7 +539,7 @@ def test_a_convolution_whose_bank_goes_with_replaced_steps_stays_dense():
 
 def test_a_convolution_without_a_bank_does_not_keep_the_step_around_it():
     rules = (rule("b", method=RD), rule("?.conv?", method=Shared()), rule("a", "b", method=RD))
-    with pytest.raises(RecipeError, match="a can't be converted by rd_explicit: holds a.conv1"):
+    with pytest.raises(RecipeError, match=r"a can't be converted by rd_explicit: holds a\.conv1"):
         plan_of(*rules, sites=BANK)  # spelled out
     plan = plan_of(*rules[:2], rule("[ab]", method=RD), sites=BANK)
     assert list(plan.methods()) == ["a", "b"]
