@@ -65,7 +65,8 @@ def lower_(
 ) -> dict[str, tuple[Lowering, ...]]:
     """Replace, in place, every operator by its lowering for the input sizes it is called with.
 
-    Returns what was chosen by the operator's name: one for each size.
+    What operators hold in common their lowerings do too. Returns what was chosen by the operator's name: one
+    for each size.
     """
     timed: Timed = {}
     chosen: dict[str, tuple[Lowering, ...]] = {}
@@ -77,10 +78,28 @@ def lower_(
             }
             replacements[op] = _for_all({size: lowering.module for size, lowering in found.items()})
             chosen[name] = tuple(found.values())
+    _keep_ties_(replacements)
     for name, op in _operators(network):
         if op in replacements:
             network.set_submodule(name, replacements[op])
     return chosen
+
+
+def _keep_ties_(lowered: Mapping[nn.Module, nn.Module]) -> None:
+    """Let lowerings of operators that have parameters in common hold each equal parameter of theirs once.
+
+    A BatchNorm is folded into a kernel that one layer has alone, and must not be where others have it too.
+    """
+    first_with: dict[nn.Parameter, nn.Module] = {}
+    for op, module in lowered.items():
+        own = list(op.parameters())
+        first = next((first_with[parameter] for parameter in own if parameter in first_with), module)
+        first_with |= dict.fromkeys(own, first)
+        theirs = dict(first.named_parameters())
+        for name, parameter in list(module.named_parameters()):
+            if name in theirs and torch.equal(theirs[name], parameter):
+                owner, _, key = name.rpartition(".")
+                setattr(module.get_submodule(owner), key, theirs[name])
 
 
 def _operators(module: nn.Module, prefix: str = "") -> list[tuple[str, LowCostOp]]:

@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from lcc.counts import fvcore_macs
 from lcc.export import export_graph
 from lcc.methods import METHODS, LinearOp, parse_method
+from lcc.methods.shared import Shared
 from lcc.specs import Size, kind_of
 
 # Torch says once that it pads a copy; the operators must do what it does.
@@ -183,7 +184,7 @@ def test_fitting_to_noise_does_no_harm_on_held_out_images(case, count):
     statistics = op.statistics(free_means=False)
     statistics.add(x, conv(x))
     fit = op.fit_(statistics)
-    assert fit.relative_error <= fit.start_error
+    assert fit.relative_error <= fit.start_error + (ROUNDING if is_exact(case) else 0)
 
 
 @pytest.mark.parametrize("case", CLOSED_FORMS, ids=str)
@@ -206,10 +207,13 @@ def test_the_reported_errors_equal_the_errors_recomputed(case, free_means):
         scale = wanted - (wanted.mean(axes, keepdim=True) if centred else 0)
         return float((got - wanted - shift).norm() / scale.norm())
 
-    assert fit.start_error == pytest.approx(error(before), abs=ROUNDING if is_exact(case) else 1e-12)
-    assert fit.relative_error == pytest.approx(
-        error(op(x).detach()), abs=ROUNDING if is_exact(case) else 1e-9
-    )
+    size = 1.0  # where a kernel is shared and the outputs' size is free, that of the start is made up for
+    if isinstance(case.method, Shared) and (free_means or case.method.scale):
+        size = wanted.std((0, 2, 3), keepdim=True) / before.std((0, 2, 3), keepdim=True)
+    tolerance = ROUNDING if is_exact(case) else 1e-9
+    assert fit.start_error == pytest.approx(error(before * size), abs=tolerance if is_exact(case) else 1e-12)
+    after = op(x).detach() * (1.0 if isinstance(case.method, Shared) and case.method.scale else size)
+    assert fit.relative_error == pytest.approx(error(after), abs=tolerance)
 
 
 @pytest.mark.parametrize("case", CLOSED_FORMS, ids=str)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lcc.methods.base import AnyMethod, Fit, LinearOp, Lowering, Method, as_conv
 from lcc.methods.dense import DenseConv
-from lcc.methods.shared_fit import SharedStatistics, pooled, site_error
+from lcc.methods.shared_fit import SharedStatistics, fit_bank
 from lcc.ops.fit import relative_error
 from lcc.specs import ConvSpec, Cost, SiteKind, Size
 
@@ -107,44 +107,30 @@ class Shared(Method):
     def fit_bank_(self, operators: Sequence[LowCostOp], statistics: Sequence[Statistics]) -> list[Fit]:
         """Take on the weights with the least summed error over all sites, on each one's own activations.
 
-        Where a BatchNorm follows, or there are scales, output channels are compared in units of their own
-        standard deviation: their size is free. The ridge pulls towards the present weights.
+        Where a BatchNorm follows, or there are scales, the size of every output channel is free: what is
+        wanted there is brought to the size that the present kernel gives. The ridge pulls towards it.
         """
         ops = [_shared(op) for op in operators]
         seen = [entry for entry in statistics if isinstance(entry, SharedStatistics)]
         if len(seen) < len(ops):
             raise TypeError("these statistics were made by another kind of operator")
-        units = torch.stack([entry.units for entry in seen])
-        kernel = ops[0].kernel
-        present = [op.dense_kernel() / _per_row(unit) for op, unit in zip(ops, units, strict=True)]
-        kernel.set_closest_(torch.stack(present).mean(0))
-        start = kernel.free_weights()
-        found = pooled(seen, start)
+        kernel, bias = ops[0].kernel, ops[0].bias
+        found = fit_bank(seen, kernel.free_weights(), bias=bias is not None)
         kernel.set_free_weights_(found.weights)
-        has_bias = ops[0].bias is not None
-        before, bias = (
-            found.moments.intercept(weights).flatten() if has_bias else None
-            for weights in (start, found.weights)
-        )
-        errors = [
-            (site_error(entry, start, before), site_error(entry, found.weights, bias)) for entry in seen
-        ]
-        size = units.mean(0)  # back to the size that the sites' outputs have on average
-        kernel.scale_(size)
-        if bias is not None and ops[0].bias is not None:
-            ops[0].bias.copy_(bias * size)
-        for op, unit in zip(ops, units, strict=True):
+        if bias is not None and found.bias is not None:
+            bias.copy_(found.bias)
+        for op, entry in zip(ops, seen, strict=True):
             if op.scale is not None:
-                op.scale.copy_(unit / size)
+                op.scale.copy_(entry.sizes)
         return [
             Fit(
                 how="data",
-                start_error=error_before,
-                relative_error=error_after,
+                start_error=before,
+                relative_error=after,
                 ridge=found.ridge,
                 samples=entry.grams.train.count + entry.grams.held_out.count,
             )
-            for entry, (error_before, error_after) in zip(seen, errors, strict=True)
+            for entry, (before, after) in zip(seen, found.errors, strict=True)
         ]
 
 
@@ -184,13 +170,7 @@ class SharedOp(LinearOp):
 
     def statistics(self, *, free_means: bool) -> SharedStatistics:
         """Return an empty accumulator of the Gram matrices of the kernel's regressors."""
-        grams = self.kernel.statistics(free_means=free_means)
-        return SharedStatistics(
-            grams,
-            free_means=free_means,
-            free_size=free_means or self.scale is not None,
-            one_size=self.one_scale,
-        )
+        return SharedStatistics(self.kernel, self.scale, free_means=free_means)
 
     def free_weights(self) -> Any:
         """Return the kernel's, without the scale."""
@@ -204,6 +184,12 @@ class SharedOp(LinearOp):
         """As a bank of one."""
         (fit,) = self.method.fit_bank_([self], [statistics])
         return fit
+
+    @torch.no_grad()
+    def weight_norms(self) -> Tensor:
+        """Return the Euclidean norm of each output channel's equivalent dense kernel, (C_out,)."""
+        norms = self.kernel.weight_norms()
+        return norms if self.scale is None else norms * self.scale.abs()
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply the output by `factor` (C_out,), by way of the kernel, so for the whole bank."""

@@ -31,6 +31,13 @@ class Gram(ABC, Generic[W]):
             setattr(total, name, value if name in self.FIXED else value + getattr(other, name))
         return total
 
+    def weighted(self, factor: float) -> Self:
+        """Return the moments of samples that count `factor` times each."""
+        result = object.__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(result, name, value if name in self.FIXED else value * factor)
+        return result
+
     @abstractmethod
     def centered(self) -> Self:
         """Return the moments about the means: those of samples with their means taken off."""
