@@ -52,11 +52,13 @@ def convert_network(
         made, details = {}, {"weights": "freshly initialised, as the network's own are random"}
     elif calibration is None:
         made = calibrate.project_(model, originals)
-        details = {"weights": "closest to the original's, from weights alone; steps near the identity"}
+        details = {
+            "weights": "closest to the original's, from weights alone; whole blocks at their method's start"
+        }
         if any(isinstance(m, LowCostOp) and m.fits_slowly for m in model.modules()):
             settings.say(
-                "note: nothing in the weights says what a residual step computes, so steps start near the "
-                "identity and their error is not known; --calibrate DATA fits them to images, without labels"
+                "note: weights alone do not fit what is not linear, such as whole blocks: those are where their "
+                "method starts, and how far off is not known; --calibrate DATA fits them, without labels"
             )
     else:
         images = data.images(

@@ -84,10 +84,7 @@ class Shared(Method):
 
     @torch.no_grad()
     def project_bank_(self, operators: Sequence[LowCostOp], originals: Sequence[nn.Module]) -> list[Fit]:
-        """Take on the kernel closest to all of them: their mean, or the one with the closest multiples.
-
-        The mean is the start in arXiv:2210.14151's words "isomorphic": Frobenius-optimal, as SPIN found it.
-        """
+        """Take on the kernel closest to all of them: their mean, or the one with the closest multiples."""
         ops, convs = [_shared(op) for op in operators], [as_conv(original) for original in originals]
         kernels = torch.stack([conv.weight.detach() for conv in convs])
         scales, kernel = closest_multiples(kernels) if self.scale else (None, kernels.mean(0))
