@@ -58,7 +58,7 @@ def convert_network(
         if any(isinstance(m, LowCostOp) and m.fits_slowly for m in model.modules()):
             settings.say(
                 "note: weights alone do not fit what is not linear, such as whole blocks: those are where "
-                "their method starts, and how far off is not known; --calibrate DATA fits them, without labels"
+                "their method starts, how far off is not known; --calibrate DATA fits them, without labels"
             )
     else:
         images = data.images(
