@@ -129,7 +129,7 @@ def test_the_last_override_wins(read):
         ("lcc = 1", "model: is missing"),
         ("lcc = 1\n[model]", "model.source: is missing"),
         (f"{CONVERT}[finetune]", "finetune.data: is missing"),
-        (CONVERT.replace("linear_mix", "mgic"), "no method is called 'wavelet'; known: linear_mix"),
+        (CONVERT.replace("linear_mix", "wavelet"), "no method is called 'wavelet'; known: linear_mix"),
         (CONVERT.replace('{ name = "linear_mix" }', '"linear_mix"'), "a method is a table with a name"),
         (
             f"{CONVERT[:-3]}, group_size = 0 }}",
