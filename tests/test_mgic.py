@@ -311,6 +311,16 @@ def test_training_begins_with_the_function_of_the_start(monkeypatch):
     torch.testing.assert_close(seen[0], fresh(fitted_to), rtol=0, atol=1e-9)
 
 
+def test_one_image_that_shrinks_to_one_pixel_can_be_fitted_to():
+    replaced, x = original_of(BLOCKS[5]), inputs(BLOCKS[5], 1, size=Size(height=2, width=2))
+    op = operator(Case(MGIC, BLOCKS[5]))
+    op.project_(replaced)
+    statistics = op.statistics(free_means=False)
+    statistics.add(x, replaced(x))
+    fit = op.fit_(statistics)
+    assert fit.relative_error <= fit.start_error
+
+
 def test_the_fit_does_not_depend_on_the_scale_of_the_activations():
     errors = [fitted(STEPS[0], scale=scale)[1].relative_error for scale in (1.0, 1e3)]
     assert errors[1] == pytest.approx(errors[0], rel=0.01)

@@ -147,7 +147,7 @@ def _batches(samples: list[Samples], steps: int, seed: int) -> Iterator[Samples]
         x, y = samples[step % len(samples)]
         count = max(4, POSITIONS // (x.shape[2] * x.shape[3]))
         chosen = torch.randperm(len(x), generator=generator)[:count].to(x.device)
-        if len(chosen) * x.shape[2] * x.shape[3] == 1:
+        if len(chosen) * y.shape[2] * y.shape[3] == 1:
             chosen = chosen.repeat(2)  # a BatchNorm wants two values
         yield x[chosen], y[chosen]
 
