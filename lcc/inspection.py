@@ -29,7 +29,8 @@ class SiteRow(Frozen):
 
     `after` is None, and `reason` says in words why, where it stays dense. `before` is None for a block
     that nothing can take: what it costs is not known from its description. `depth` counts the blocks that it
-    is inside of; `gone`: one of them is replaced.
+    is inside of; `gone`: one of them is replaced. `shares_with` is the site that counts what they
+    share.
     """
 
     site: Site
@@ -37,6 +38,7 @@ class SiteRow(Frozen):
     after: Cost | None
     reason: str | None
     method: str | None
+    shares_with: str | None = None
     depth: int = 0
     gone: bool = False
 
@@ -192,6 +194,7 @@ def _row(site: Site, sites: tuple[Site, ...], plan: Plan, done: Mapping[str, Met
         after=None if chosen is None else site.cost_with(chosen, first=plan.is_first(site.name)),
         reason=next((kept.reason for kept in plan.kept if kept.site == site.name), None),
         method=None if chosen is None else str(chosen),
+        shares_with=plan.shares_with(site.name),
         depth=len(around),
         gone=any(name in methods for name in around),
     )
@@ -221,7 +224,7 @@ def _cells(row: SiteRow, value: Inspection) -> tuple[Cell, ...]:
 
 def _outcome(row: SiteRow, value: Inspection) -> Cell:
     if row.method is not None:
-        return Cell(row.method, GOOD)
+        return Cell(row.method + (f" with {row.shares_with}" if row.shares_with else ""), GOOD)
     of_other_kind = row.site.obstacle is None and row.site.kind not in value.kinds
     if row.gone or (of_other_kind and not value.planned):
         return Cell("")  # the block around it says what becomes of it, or the totals say why nothing does
@@ -250,10 +253,16 @@ def _totals(value: Inspection) -> list[str]:
         lines += [
             f"{word}: {part.params / before.params:.0%} of {before.params:,} parameters",
             f"{word}: {part.macs / before.macs:.0%} of {before.macs:,} MACs ({2 * before.macs:,} FLOPs)",
-            f"all converted: {after.params:,} parameters, {before.params / after.params:.2f}{TIMES} fewer",
-            f"all converted: {after.macs:,} MACs, {before.macs / after.macs:.2f}{TIMES} fewer",
-            "fewer MACs are not yet less time: `lcc report` measures that",
+            f"all converted: {_fewer(before.params, after.params, 'parameters')}",
+            f"all converted: {_fewer(before.macs, after.macs, 'MACs')}",
         ]
+    if after.macs < before.macs:
+        lines.append("fewer MACs are not yet less time: `lcc report` measures that")
     if value.uncounted:
         lines.append(f"MACs of {in_short(value.uncounted)} are not counted")
     return lines
+
+
+def _fewer(before: int, after: int, what: str) -> str:
+    change = "as many as before" if before == after else f"{before / after:.2f}{TIMES} fewer"
+    return f"{after:,} {what}, {change}"

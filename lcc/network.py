@@ -132,6 +132,7 @@ def layer_rows(sites: tuple[Site, ...], plan: Plan, fits: dict[str, Fit]) -> tup
             method=str(methods[site.name]),
             before=site.cost(),
             after=site.cost_with(methods[site.name], first=plan.is_first(site.name)),
+            shares_with=plan.shares_with(site.name),
             fit=fits.get(site.name),
         )
         for site in sites

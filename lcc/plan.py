@@ -134,7 +134,12 @@ class Plan(Frozen):
 
     def is_first(self, site: str) -> bool:
         """Whether a converted site counts what it shares: the first of a bank, and every other site."""
-        return not any(group.method.shares and site in group.sites[1:] for group in self.groups)
+        return self.shares_with(site) is None
+
+    def shares_with(self, site: str) -> str | None:
+        """Return the first site of its bank; None for that one itself, and for one that shares nothing."""
+        banks = (group.sites for group in self.groups if group.method.shares)
+        return next((first for first, *others in banks if site in others), None)
 
     def methods(self) -> dict[str, Method]:
         """Return the method of every converted site, by name."""

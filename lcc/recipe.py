@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,6 +18,8 @@ from lcc.specs import Frozen
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+COMMAS = re.compile(r",(?![^{]*})")  # those outside of tables
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -178,23 +181,33 @@ def finetune_options(given: dict[str, Any], overrides: tuple[str, ...] = ()) -> 
 
 
 def method_from_text(text: str) -> Method:
-    """Return the method of "linear_mix" or "linear_mix:group_size=8,stencil=cross". Raises: RecipeError."""
+    """Return the method of "linear_mix" or "linear_mix:group_size=8,stencil=cross".
+
+    A method in a method is text of its own, or a table: "shared:scale=true,method=linear_mix:group_size=8",
+    'shared:method={name = "linear_mix", group_size = 8, stencil = "cross"}'.
+    Raises: RecipeError.
+    """
     name, _, rest = text.partition(":")
     fields: dict[str, Any] = {"name": name}
-    for part in filter(None, rest.split(",")):
+    for part in filter(None, COMMAS.split(rest)):
         key, equals, value = part.partition("=")
         if not equals:
             raise RecipeError(f"--method {text}: {part!r} is no hyperparameter=value")
         try:
             fields[key.strip()] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
-            fields[key.strip()] = value.strip()  # text needs no quotes here
+            fields[key.strip()] = _text(key.strip(), value.strip())
     try:
         return parse_method(fields)
     except ValidationError as error:
         raise RecipeError(f"--method {text}: {in_words(error, METHODS[name])}") from error
     except ValueError as error:
         raise RecipeError(f"--method {text}: {error}") from error
+
+
+def _text(key: str, value: str) -> object:
+    """Return a value that is no TOML, since text needs no quotes here; a method's as its table."""
+    return method_from_text(value).model_dump(mode="json") if key == "method" else value
 
 
 def in_words(error: ValidationError, root: type[BaseModel]) -> str:

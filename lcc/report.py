@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class LayerRow(Frozen):
     """A converted site: what it was, what took its place, and what that changed.
 
-    Costs are for all calls in one forward pass; latencies for the layer alone, at `size`.
+    Costs are for all calls in one forward pass; latencies for the layer alone, at `size`. `shares_with` is
+    the site that counts what they share.
     """
 
     site: str
@@ -31,6 +32,7 @@ class LayerRow(Frozen):
     method: str
     before: Cost
     after: Cost
+    shares_with: str | None = None
     fit: Fit | None = None
     torch: LayerLatency | None = None
     onnx: LayerLatency | None = None
@@ -121,6 +123,7 @@ def layers_to_csv(report: Report) -> str:
             "shape": row.spec,
             "input_size": row.size,
             "method": row.method,
+            "shares_with": row.shares_with,
             "params_before": row.before.params,
             "params_after": row.after.params,
             "macs_before": row.before.macs,

@@ -191,6 +191,7 @@ def _layers_sheet(model: ModelRow) -> Sheet:
         notes.append(
             f"! slower than the dense layer: {slower} of {len(model.layers)} layers, each timed alone"
         )
+    notes += _banks(model.layers)
     methods = dict.fromkeys(row.method for row in model.layers)
     return Sheet(
         title=f"{model.name}: layers replaced by {', '.join(methods)}",
@@ -199,6 +200,15 @@ def _layers_sheet(model: ModelRow) -> Sheet:
         notes=tuple(notes),
         left=(0, 1),
     )
+
+
+def _banks(layers: tuple[LayerRow, ...]) -> list[str]:
+    """Return which layers share what the first of them counts, a line for each bank."""
+    banks: dict[str, list[str]] = {}
+    for row in layers:
+        if row.shares_with is not None:
+            banks.setdefault(row.shares_with, []).append(row.site)
+    return [f"counted at {first}, shared with: {', '.join(others)}" for first, others in banks.items()]
 
 
 def _footer(report: Report) -> Iterator[str]:
