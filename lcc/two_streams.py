@@ -1,6 +1,6 @@
 """Running a network on [original; converted] in one batch, and how many images fit in memory so.
 
-A BatchNorm for which the halves differ keeps its statistics for the first and takes on those of the second.
+A BatchNorm for which the halves differ keeps its statistics for the first and takes on others for the second.
 """
 
 from __future__ import annotations
@@ -49,7 +49,10 @@ def run_two_streams(
 class _TwoStreamNorm:
     """A BatchNorm that keeps its statistics for the first half and takes on those of the second.
 
-    Statistics of several calls are averaged, each call weighted by its images. Both halves go through the
+    Not the images' own: augmentation, and the share of images seen, set the original's apart from them. What
+    takes the first half's mean and variance to the second's takes the original's statistics along, so that a
+    converted layer that computes the same changes nothing.
+    Moments of several calls are averaged, each call weighted by its images. Both halves go through the
     module's own forward: a subclass may do more than normalise (timm's has the activation in it).
     """
 
@@ -58,26 +61,37 @@ class _TwoStreamNorm:
         assert norm.running_var is not None
         self.norm, self.running = norm, (norm.running_mean, norm.running_var)
         self.original = self.converted = tuple(tensor.clone() for tensor in self.running)
+        self.moments: tuple[Tensor, ...] = ()  # variance and mean of the first half, then of the second
         self.count = 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return both halves normalised, the second one by its own statistics if it differs."""
+        """Return both halves normalised, the second one by statistics of its own if it differs."""
         original_half, converted_half = x.chunk(2)
         wanted = self._forward(original_half, self.original)
         if torch.equal(original_half, converted_half):
             self._set(self.converted)
             return torch.cat([wanted, wanted])
-        self._take_in(converted_half)
+        self._take_in(original_half, converted_half)
         return torch.cat([wanted, self._forward(converted_half, self.converted)])
 
-    def _take_in(self, x: Tensor) -> None:
-        dims = [d for d in range(x.ndim) if d != 1]
-        values = x.numel() // x.shape[1]
-        var, mean = torch.var_mean(x, dims, correction=min(1, values - 1))
-        seen = (mean, var)
-        self.count += len(x)
-        share = len(x) / self.count
-        self.converted = tuple(a.lerp(b.to(a), share) for a, b in zip(self.converted, seen, strict=True))
+    def _take_in(self, original_half: Tensor, converted_half: Tensor) -> None:
+        dims = [d for d in range(original_half.ndim) if d != 1]
+        seen = tuple(
+            moment
+            for half in (original_half, converted_half)
+            for moment in torch.var_mean(half, dims, correction=0)
+        )
+        self.count += len(original_half)
+        share = len(original_half) / self.count
+        self.moments = tuple(a.lerp(b, share) for a, b in zip(self.moments or seen, seen, strict=True))
+        mean, var = self.original
+        old_var, old_mean, new_var, new_mean = (moment.to(mean) for moment in self.moments)
+        eps = self.norm.eps
+        squared = torch.where(old_var > 0, new_var / old_var.clamp_min(torch.finfo(var.dtype).tiny), 1)
+        self.converted = (
+            new_mean + squared.sqrt() * (mean - old_mean),
+            (squared * (var + eps) - eps).clamp_min(0),
+        )
 
     def _forward(self, x: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:
         self._set(statistics)
