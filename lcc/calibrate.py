@@ -190,7 +190,7 @@ class _Stream:
 
     def _fitted_anew(self) -> Fit:
         keeping = _norms_kept(self.operator if self.has_norm else None)
-        with keeping, _finite(self.name), own_forward(self.operator):
+        with keeping, finite_activations(self.name), own_forward(self.operator):
             return self.operator.fit_(self.statistics)
 
 
@@ -207,7 +207,7 @@ def _norms_kept(operator: LowCostOp | None) -> Iterator[None]:
 
 
 @contextmanager
-def _finite(name: str) -> Iterator[None]:
+def finite_activations(name: str) -> Iterator[None]:
     """Say in words what a least-squares solver finds wrong with its numbers. Raises: DataError."""
     try:
         yield
@@ -247,7 +247,7 @@ def _fit_bank_(called: list[_Stream]) -> None:
     """Fit a bank to those of its sites that the images reach; what they have in common all others have."""
     operators, method = [stream.operator for stream in called], called[0].operator.method
     kept = _norms_kept(operators[0] if all(stream.has_norm for stream in called) else None)
-    with kept, _finite(called[0].name):
+    with kept, finite_activations(called[0].name):
         fits = method.fit_bank_(operators, [stream.statistics for stream in called])
     for stream, fit in zip(called, fits, strict=True):
         stream.settle(fit)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lcc import __version__
+from lcc.convert_command import convert
 from lcc.errors import LccError, RecipeError
 from lcc.measuring_commands import bench, report
 from lcc.options import (
@@ -21,7 +22,6 @@ from lcc.options import (
     Resume,
     Set,
     Workers,
-    checked,
     running,
     source_part,
     taking,
@@ -85,45 +85,7 @@ def inspect(
     print_inspection(pipeline.inspect(part, _method(method), settings), as_json=as_json)
 
 
-@app.command()
-@taking(part=source_part, base=running, settings=writing)
-def convert(
-    part: "ModelPart",
-    settings: "Settings",
-    *,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The lcc directory to write.")] = None,
-    method: MethodOption = "linear_mix",
-    include: Annotated[
-        list[str] | None, typer.Option(help="Only sites matching this glob; repeatable.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="No sites matching this glob; repeatable.")
-    ] = None,
-    calibrate: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Fit on unlabelled images, such as imagefolder:DIR.")
-    ] = None,
-    images: Annotated[int, typer.Option(help="How many images to fit on.")] = 512,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
-    resume: Resume = False,
-    as_json: AsJson = False,
-) -> None:
-    """Replace convolutions by low-cost operators and write an lcc directory."""
-    from lcc import pipeline
-    from lcc.plan import rules_for
-    from lcc.recipe import Calibrate
-
-    rules = rules_for(_method(method), tuple(include or ()), tuple(exclude or ()))
-    calibration = None
-    if calibrate is not None:
-        calibration = checked(Calibrate, data=calibrate, images=images, seed=part.seed)
-    if dry_run:
-        plan = pipeline.plan(part, rules, settings, calibration=calibration)
-        print_inspection(plan, as_json=as_json)
-        return
-    if out is None:
-        raise RecipeError("say where to put the result: -o DIR (or --dry-run to write nothing)")
-    report = pipeline.convert(part, out, rules, settings, calibration=calibration, resume=resume)
-    print_report(report, form_of(as_json=as_json))
+app.command()(convert)
 
 
 @app.command()

@@ -55,7 +55,7 @@ def convert_network(
         details = {
             "weights": "closest to the original's, from weights alone; whole blocks at their method's start"
         }
-        if any(isinstance(m, LowCostOp) and m.fits_slowly for m in model.modules()):
+        if any(isinstance(m, LowCostOp) and m.method.fits_slowly for m in model.modules()):
             settings.say(
                 "note: weights alone do not fit what is not linear, such as whole blocks: those are where "
                 "their method starts, how far off is not known; --calibrate DATA fits them, without labels"
@@ -65,7 +65,7 @@ def convert_network(
             calibration.data, original.loaded.preprocessing, calibration.images, calibration.seed
         )
         store = None
-        if any(isinstance(m, LowCostOp) and m.fits_slowly for m in model.modules()):
+        if any(isinstance(m, LowCostOp) and m.method.fits_slowly for m in model.modules()):
             key = conversion_key(original.loaded.model, images, decided.model_dump_json())
             store = FitStore(fits, key, resume=resume)
         made, details = _fit_(model, originals, sites, images, settings, store)

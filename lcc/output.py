@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from lcc.cost_sweep import CostSweep
     from lcc.inspection import Inspection
+    from lcc.plan_report import PlanReport
     from lcc.report import Report
     from lcc.sweep import Sweep
     from lcc.tables import Sheet
@@ -52,6 +53,16 @@ def print_inspection(value: Inspection, *, as_json: bool) -> None:
         typer.echo(value.model_dump_json(indent=2))
     else:
         print_sheets([inspection_sheet(value)])
+
+
+def print_plan(value: PlanReport, *, as_json: bool) -> None:
+    """Print what a planner chose, as tables or as JSON."""
+    from lcc.plan_report import plan_sheets
+
+    if as_json:
+        typer.echo(value.model_dump_json(indent=2))
+    else:
+        print_sheets(plan_sheets(value))
 
 
 def print_sweeps(values: Sequence[Sweep], *, as_json: bool) -> None:

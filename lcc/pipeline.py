@@ -14,14 +14,16 @@ from lcc.batches import eval_batches
 from lcc.comparison import BenchOptions, cross_checks, known_accuracy, on_data, plain_report, timed_report
 from lcc.conversion import convert_network, planned
 from lcc.directory import WEIGHTS
-from lcc.errors import RecipeError
+from lcc.errors import ArtifactError, RecipeError
 from lcc.evaluation import Accuracy
 from lcc.evaluation import evaluate as measure_accuracy
 from lcc.export import Exported, check_file, to_onnx
 from lcc.inspection import Inspection, inspection
 from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.network import Network, original_of, sites_of
-from lcc.recipe import Calibrate, Finetune, ModelPart, Recipe
+from lcc.plan_report import plan_line, rules_text
+from lcc.planning import plan_within
+from lcc.recipe import Budget, Calibrate, Finetune, ModelPart, Recipe
 from lcc.settings import Settings, checkpoints_of, fits_of
 from lcc.specs import Cost
 from lcc.tables import report_sheets, to_markdown
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from lcc.data import Split
     from lcc.methods import Method
     from lcc.plan import Plan, Rule, Site
+    from lcc.planning import Planned
     from lcc.report import ModelRow, Report
 
 DEMO = Path(__file__).parent / "demo"
@@ -54,21 +57,41 @@ def plan(
     return _inspection(network, sites, decided.groups[0].method, decided)
 
 
+def budget(
+    part: ModelPart,
+    wanted: Budget,
+    calibration: Calibrate,
+    settings: Settings,
+    *,
+    save_plan: Path | None = None,
+) -> Planned:
+    """Return the rules that keep a network within a budget with the least harm, and why these.
+
+    Raises: as `lcc.planning.plan_within`; ArtifactError: `save_plan`, where the rules are to go.
+    """
+    _check_plan_file(save_plan, settings)
+    return _planned(_open_first(part, settings), wanted, calibration, settings, save_plan)
+
+
 def convert(
     part: ModelPart,
     directory: Path,
-    rules: tuple[Rule, ...],
+    decision: tuple[Rule, ...] | Budget,
     settings: Settings,
     *,
     calibration: Calibrate | None = None,
     resume: bool = False,
+    save_plan: Path | None = None,
 ) -> Report:
-    """Convert a network into an lcc directory; return what that changed.
+    """Convert a network into an lcc directory, by rules or within a budget; return what that changed.
 
-    Raises: NothingToConvertError: no site; RecipeError: an idle rule; ArtifactError: the target.
+    Raises: NothingToConvertError: no site; RecipeError: an idle rule, a budget that can't be met, or one
+    without images; ArtifactError: the target.
     """
     artifact.check_target(directory, force=settings.force)
+    _check_plan_file(save_plan, settings)
     original = _open_first(part, settings)
+    rules = _rules(original, decision, calibration, settings, save_plan)
     fits = fits_of(directory)
     sites, converted = convert_network(original, rules, calibration, settings, fits=fits, resume=resume)
     converted = _saved(converted, directory, settings).but(name=directory.name)
@@ -215,9 +238,10 @@ def run(
     stages.add(original)
     network = original
     sites: tuple[Site, ...] = ()
-    if recipe.convert:
+    rules = _rules(original, recipe.budget or recipe.convert, recipe.calibrate, settings)
+    if rules:
         sites, network = convert_network(
-            original, recipe.convert, recipe.calibrate, settings, fits=fits_of(directory), resume=resume
+            original, rules, recipe.calibrate, settings, fits=fits_of(directory), resume=resume
         )
         network = network.but(name="converted")
         stages.add(network, sites)
@@ -283,7 +307,7 @@ def _recipe_teacher(recipe: Recipe, original: Network, settings: Settings) -> Ne
         return settings.open(recipe.teacher, name="teacher")
     source = original.loaded.source
     new_head = source.num_classes is not None and source.weights == "default"
-    return original if recipe.convert and not original.is_random and not new_head else None
+    return original if (recipe.convert or recipe.budget) and not original.is_random and not new_head else None
 
 
 def _evaluated_on(recipe: Recipe) -> Split | None:
@@ -355,6 +379,43 @@ def _open_first(part: ModelPart, settings: Settings) -> Network:
     """Return what a conversion starts from, by the name it has in reports."""
     network = settings.open(part, name="original")
     return network.but(name="before") if network.plan.groups else network
+
+
+def _rules(
+    original: Network,
+    decision: tuple[Rule, ...] | Budget,
+    calibration: Calibrate | None,
+    settings: Settings,
+    save_plan: Path | None = None,
+) -> tuple[Rule, ...]:
+    """Return the rules as given, or those that a planner makes."""
+    if isinstance(decision, tuple):
+        return decision
+    if calibration is None:
+        raise RecipeError("a budget needs images to calibrate on: only they show what harms least")
+    planned = _planned(original, decision, calibration, settings, save_plan)
+    settings.say(plan_line(planned.report))
+    return planned.rules
+
+
+def _planned(
+    original: Network, wanted: Budget, calibration: Calibrate, settings: Settings, save_plan: Path | None
+) -> Planned:
+    planned = plan_within(original, wanted, calibration, settings)
+    if save_plan is not None:
+        save_plan.write_text(rules_text(planned.rules, planned.report), encoding="utf-8")
+        settings.say(f"wrote {save_plan}; edit it, then: lcc convert SOURCE --plan {save_plan} -o DIR")
+    return planned
+
+
+def _check_plan_file(path: Path | None, settings: Settings) -> None:
+    """Make sure, before any long work, that rules can be written there. Raises: ArtifactError."""
+    if path is None:
+        return
+    if path.exists() and not settings.force:
+        raise ArtifactError(f"{path} exists; --force replaces it")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ArtifactError(f"{path} can't be written: name a file in a folder that is there")
 
 
 def _told_apart(named: list[tuple[Network, str]]) -> list[Network]:

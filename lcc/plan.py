@@ -12,7 +12,7 @@ from lcc.methods import AnyMethod, Method
 from lcc.specs import ConvSpec, Cost, Frozen, SiteKind, Size, StepSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
 DENSE_BY_RULE = "kept dense by a rule (or --exclude)"
 NO_RULE = "named by no rule (or --include)"
@@ -92,10 +92,14 @@ class Site(Frozen):
 
 
 class Rule(Frozen):
-    """Globs over site names, and the method that takes what they match; no method keeps it dense."""
+    """Globs over site names, and the method that takes what they match; no method keeps it dense.
+
+    `reason` is said of what is kept dense.
+    """
 
     match: tuple[str, ...]
     method: AnyMethod | None = None
+    reason: str | None = None
 
     def matches(self, site: Site) -> bool:
         """Whether any glob matches any name of the site."""
@@ -218,7 +222,8 @@ def _choose(site: Site, rules: tuple[Rule, ...]) -> _Choice:
             continue
         method, spelled_out = rule.method, rule.spells_out(site)
         if method is None:
-            return _Choice(site, number, reason=site.obstacle or DENSE_BY_RULE, is_decision=True)
+            said = site.obstacle or rule.reason or DENSE_BY_RULE
+            return _Choice(site, number, reason=said, is_decision=True)
         reason = site.why_not(method, by_name=spelled_out)
         if reason is None:
             return _Choice(site, number, method, is_decision=True, spelled_out=spelled_out)
@@ -251,6 +256,15 @@ def isomorphism(site: Site) -> object:
     A stage is what works at one size; a convolution on a shortcut is told from the others.
     """
     return site.spec, site.sizes, site.shortcut
+
+
+def banks_of(sites: Iterable[Site], method: Method) -> list[tuple[Site, ...]]:
+    """Return the sets of sites that could each be a bank of a method that shares."""
+    alike: dict[object, list[Site]] = {}
+    for site in sites:
+        if site.why_not(method) is None:
+            alike.setdefault(isomorphism(site), []).append(site)
+    return [tuple(bank) for bank in alike.values() if _lone(bank, method) is None]
 
 
 def _without_lone(choices: list[_Choice], ruled_out: Collection[str]) -> list[_Choice]:

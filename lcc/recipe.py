@@ -9,14 +9,17 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from lcc.budget import parse_target
 from lcc.errors import RecipeError
 from lcc.methods import METHODS, Method, parse_method
 from lcc.plan import Rule
 from lcc.specs import Frozen
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pydantic_core import ErrorDetails
 
 COMMAS = re.compile(r",(?![^{]*})")  # those outside of tables
@@ -97,6 +100,46 @@ class Calibrate(Frozen):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
+class Budget(Frozen):
+    """What the network may cost at most, from which a planner decides: see `lcc.planning`.
+
+    `targets`, all at once: "macs=50%" is what remains, "latency=-40%" the change, "size=5MB" an amount.
+    `methods` to choose from, as on the command line: "linear_mix" is its family, "linear_mix:group_size=8"
+    itself; none: every method that is fitted in closed form. `include` and `exclude` are globs over sites.
+    Latency is measured in `runtime`, with so many CPU `threads` and images (`batch`).
+    """
+
+    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    methods: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    runtime: Literal["onnx", "torch"] = "onnx"
+    threads: Count = 1
+    batch: Count = 1
+
+    @field_validator("targets")
+    @classmethod
+    def _are_targets(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        for text in targets:
+            _as_value_error(parse_target, text)
+        return targets
+
+    @field_validator("methods")
+    @classmethod
+    def _are_methods(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
+        for text in methods:
+            _as_value_error(method_from_text, text)
+        return methods
+
+
+def _as_value_error(parse: Callable[[str], object], text: str) -> None:
+    """Let pydantic know of what a parser refuses."""
+    try:
+        parse(text)
+    except RecipeError as error:
+        raise ValueError(str(error)) from error
+
+
 class Evaluate(Frozen):
     """Where top-1 and top-5 are measured; without it, on what [finetune] names."""
 
@@ -116,12 +159,14 @@ class Recipe(Frozen):
     """A whole run: load, convert, calibrate, fine-tune, evaluate, export. A part left out is a step left out.
 
     The first entry of `convert` that matches a site decides it; an entry without a method keeps it dense.
+    With `budget` a planner decides instead.
     `teacher` is what distillation learns from; without it, the network before conversion.
     """
 
     lcc: Literal[1]
     model: ModelPart
     convert: tuple[Rule, ...] = ()
+    budget: Budget | None = None
     calibrate: Calibrate | None = None
     teacher: ModelPart | None = None
     finetune: Finetune | None = None
@@ -130,14 +175,34 @@ class Recipe(Frozen):
 
     @model_validator(mode="after")
     def _no_idle_part(self) -> Recipe:
-        for number, rule in enumerate(self.convert):
-            if not rule.match:
-                raise ValueError(f"convert.{number}.match: an empty list matches nothing; take the entry out")
-        if self.calibrate is not None and not self.convert:
+        _refuse_empty(self.convert)
+        if self.budget is not None and self.convert:
+            raise ValueError("[[convert]] and [budget] both decide what is converted; take one out")
+        if self.budget is not None and self.calibrate is None:
+            raise ValueError("[budget] needs [calibrate]: only images show what harms least")
+        if self.calibrate is not None and not self.convert and self.budget is None:
             raise ValueError("[calibrate] has nothing to do without [[convert]]; add one or take it out")
         if self.teacher is not None and self.finetune is None:
             raise ValueError("[teacher] has nothing to do without [finetune]; add one or take it out")
         return self
+
+
+class _Rules(Frozen):
+    """What a plan file holds."""
+
+    convert: Annotated[tuple[Rule, ...], Field(min_length=1)]
+
+    @field_validator("convert")
+    @classmethod
+    def _match_something(cls, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        _refuse_empty(rules)
+        return rules
+
+
+def _refuse_empty(rules: tuple[Rule, ...]) -> None:
+    for number, rule in enumerate(rules):
+        if not rule.match:
+            raise ValueError(f"convert.{number}.match: an empty list matches nothing; take the entry out")
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -164,6 +229,22 @@ def text_with(path: str | Path, overrides: tuple[str, ...] = ()) -> str:
     """Return a recipe file's text as given, the overrides laid over it as comments at its end."""
     text = Path(path).read_text(encoding="utf-8")
     return text + "".join(f"# --set {override}\n" for override in overrides)
+
+
+def rules_from(path: str | Path) -> tuple[Rule, ...]:
+    """Return the rules of a plan file: [[convert]] entries as in a recipe, and nothing else.
+
+    Raises: RecipeError: one line with the file, the key, what is wrong and what would be right.
+    """
+    document = _read(Path(path))
+    _list_single_globs_(document)
+    try:
+        rules = _Rules.model_validate_json(json.dumps(document, default=_refuse_date)).convert
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {in_words(error, _Rules)}") from error
+    except _DateError as error:
+        raise RecipeError(f"{path}: {error} is a date, which no key takes; put it in quotes") from error
+    return rules
 
 
 def finetune_options(given: dict[str, Any], overrides: tuple[str, ...] = ()) -> Finetune:

@@ -111,7 +111,7 @@ def test_the_last_override_wins(read):
     ("text", "line"),
     [
         (f"{FINETUNE}lrr = 1", "recipe.toml: finetune.lrr: unknown key; did you mean 'lr'?"),
-        (f"{MODEL}[extra]", "recipe.toml: extra: unknown key; known: lcc, model, convert, calibrate"),
+        (f"{MODEL}[extra]", "recipe.toml: extra: unknown key; known: lcc, model, convert, budget, calibrate"),
         (f"{CONVERT[:-3]}, groupsize = 2 }}", "did you mean 'group_size'?"),
         (f'{FINETUNE}lr = "3e-4"', 'recipe.toml: finetune.lr: should be a number, not the text "3e-4"'),
         (f"{FINETUNE}lr = []", "finetune.lr: should be a number, not []"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from pydantic import PlainValidator, SerializeAsAny
@@ -67,8 +67,6 @@ class LowCostOp(nn.Module, ABC):
 
     In place of a convolution it carries the attributes that host networks read off one.
     """
-
-    fits_slowly: ClassVar[bool] = False  # by training on activations instead of a closed form
 
     def __init__(self, method: Method, spec: ConvSpec | StepSpec) -> None:
         super().__init__()
@@ -199,6 +197,7 @@ class Method(Frozen, ABC):
     paper: ClassVar[str]
     kinds: ClassVar[frozenset[SiteKind]]
     by_name_only: ClassVar[frozenset[SiteKind]] = frozenset()  # kinds taken only where a rule spells one out
+    fits_slowly: ClassVar[bool] = False  # by training on activations instead of a closed form
     shares: ClassVar[bool] = False  # a plan's group of it is one bank: operators that have weights in common
 
     @abstractmethod
@@ -212,6 +211,11 @@ class Method(Frozen, ABC):
     @abstractmethod
     def build(self, spec: Spec) -> LowCostOp:
         """Return the operator with freshly initialised weights."""
+
+    @classmethod
+    def family(cls, spec: Spec) -> tuple[Self, ...]:  # noqa: ARG003  # most have one member
+        """Return the configurations that a planner tries on `spec`, those that can't take it included."""
+        return (cls(),)  # type: ignore[call-arg]  # a method has a default name
 
     def shared_params(self, spec: Spec) -> int:  # noqa: ARG002  # most have none
         """Return how many of the parameters in `cost` all operators of a bank have in common."""

@@ -36,6 +36,7 @@ class ReactionDiffusion(Method):
     paper: ClassVar[str] = "arXiv:1805.07821 eqs. (8)-(12)"
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({"step", "conv"})
     by_name_only: ClassVar[frozenset[SiteKind]] = frozenset({"conv"})
+    fits_slowly: ClassVar[bool] = True
 
     step: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="h, the length of the step in time"
@@ -106,8 +107,6 @@ class ReactionDiffusionOp(LowCostOp):
 
     Stochastic depth of the original is not carried over: the step has no branch of its own to drop.
     """
-
-    fits_slowly: ClassVar[bool] = True
 
     def __init__(self, method: ReactionDiffusion, spec: Spec) -> None:
         super().__init__(method, spec)

@@ -7,7 +7,7 @@ convolution whose kernel is zero wherever a tap is neither at the centre nor ins
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -34,6 +34,22 @@ class LinearMix(Method):
     group_size: int = Field(default=1, ge=1, description="input channels per group of the spatial part")
     stencil: Stencil = Field(default="square", description="taps of the spatial part")
     change_channels: bool = Field(default=False, description="also take convs that change the channel count")
+
+    @classmethod
+    def family(cls, spec: ConvSpec) -> tuple[Self, ...]:
+        """Return the configurations that a planner tries: what lies between them is hardly better."""
+        sizes: dict[Stencil, tuple[int, ...]] = {
+            "square": (1, 2, 4, 8, 16, 32, 64),
+            "cross": (4, 16),
+            "horizontal": (8, 32),
+            "vertical": (8, 32),
+        }
+        changes = spec.in_channels != spec.out_channels
+        return tuple(
+            cls(group_size=size, stencil=stencil, change_channels=changes)
+            for stencil, found in sizes.items()
+            for size in found
+        )
 
     def why_not(self, spec: ConvSpec) -> str | None:
         """Return in words why this can't stand in for `spec`; None if it can."""

@@ -6,7 +6,7 @@ Source: arXiv:2011.09128; the conv form is the idea of arXiv:2006.06799.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -30,6 +30,7 @@ class Mgic(Method):
     )
     paper: ClassVar[str] = "arXiv:2011.09128"
     kinds: ClassVar[frozenset[SiteKind]] = frozenset({"conv", "step", "transition"})
+    fits_slowly: ClassVar[bool] = True
 
     name: Literal["mgic"] = "mgic"
     group_size: int = Field(default=32, ge=1, description="channels in a group, about (s_g)")
@@ -47,6 +48,12 @@ class Mgic(Method):
         default=False,
         description="block form: the released second skip, BatchNorm after R, rounded squeezes, early relu",
     )
+
+    @classmethod
+    def family(cls, spec: Spec) -> tuple[Self, ...]:
+        """Return the configurations that a planner tries."""
+        changes = not isinstance(spec, ConvSpec) and spec.is_transition
+        return tuple(cls(group_size=size, transitions=changes) for size in (8, 16, 32))
 
     def why_not(self, spec: Spec) -> str | None:
         """Return in words why this can't stand in for `spec`; None if it can."""

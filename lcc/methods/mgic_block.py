@@ -9,7 +9,7 @@ Source: arXiv:2011.09128.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,6 @@ class MgicBlock(LowCostOp):
     original is not carried over.
     """
 
-    fits_slowly: ClassVar[bool] = True
     spec: StepSpec
 
     def __init__(self, method: Mgic, spec: StepSpec) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ class MgicConv(Scalable):
     Where every K is the identity, so is the operator, whatever R and P are.
     """
 
-    fits_slowly: ClassVar[bool] = True
     spec: ConvSpec
 
     def __init__(self, method: Mgic, spec: ConvSpec) -> None:

@@ -56,6 +56,11 @@ class Shared(Method):
             raise ValueError(f"scale: {self.method.name} has one scale for all channels; leave scale out")
         return self
 
+    @classmethod
+    def family(cls, spec: ConvSpec) -> tuple[Self, ...]:  # noqa: ARG003  # the same for all
+        """Return the configurations that a planner tries; it does not look at the order of inner channels."""
+        return (cls(align=False), cls(align=False, scale=True))
+
     def why_not(self, spec: ConvSpec) -> str | None:
         """Return in words why this can't stand in for `spec`; None if it can."""
         return None if self.method is None else self.method.why_not(spec)

@@ -1,0 +1,241 @@
+"""Choices that meet a budget with the least harm, by integer programming.
+
+Pure: in goes what every option saves and harms, out come those to take. HiGHS solves it, through scipy.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from lcc.errors import RecipeError
+from lcc.methods import AnyMethod
+from lcc.specs import Frozen
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+Quantity = Literal["params", "macs", "size", "latency"]
+Costs = dict[Quantity, float]
+
+
+class Unit(NamedTuple):
+    """What a quantity is called, what its amounts may be given in, and an example."""
+
+    noun: str
+    factors: dict[str, float]
+    example: str
+
+
+COUNTS = {"k": 1e3, "M": 1e6, "G": 1e9}
+UNITS: dict[Quantity, Unit] = {
+    "params": Unit("parameters", COUNTS, "params=1.2M"),
+    "macs": Unit("MACs", COUNTS, "macs=300M"),
+    "size": Unit("of weights", {"kB": 1e3, "MB": 1e6, "GB": 1e9}, "size=5MB"),
+    "latency": Unit("a run", {"us": 1e-3, "ms": 1.0, "s": 1e3}, "latency=8ms"),
+}
+AMOUNT = re.compile(r"(?P<minus>-?)(?P<number>\d+(?:\.\d+)?)(?P<unit>%|[a-zA-Z]*)")
+GAP = 1e-6  # of the least error: where the search stops
+SECONDS = 20.0  # or after that long
+
+
+class Option(Frozen):
+    """A method, the sites that it takes together, what that saves and how much it harms.
+
+    `covers`: the sites that are settled with it: those that it takes, and those around and inside them.
+    `saved` may be negative. `error`: the predicted divergence of the network's output, in nats.
+    """
+
+    method: AnyMethod
+    sites: tuple[str, ...]
+    covers: tuple[str, ...]
+    saved: dict[Quantity, float]
+    error: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+
+class Target(Frozen):
+    """What a network may cost at most: `share` of what it costs now, or `limit`."""
+
+    quantity: Quantity
+    share: float | None = None
+    limit: float | None = None
+
+    def of(self, now: Mapping[Quantity, float]) -> float:
+        """Return the limit for a network that costs `now`."""
+        if self.share is not None:
+            return self.share * now[self.quantity]
+        return self.limit or 0.0
+
+    def __str__(self) -> str:
+        if self.share is not None:
+            return f"{self.quantity}={self.share:.4g} of now"
+        return f"at most {amount(self.quantity, self.limit or 0.0)}"
+
+
+class Budgeted(NamedTuple):
+    """The options to take, what the network then costs, and the sum of the predicted errors.
+
+    `gap`: how far the sum may be above the least possible, relative.
+    """
+
+    taken: tuple[Option, ...]
+    costs: Costs
+    error: float
+    gap: float
+
+
+def amount(quantity: Quantity, value: float) -> str:
+    """Return an amount with its unit, such as 1.2M parameters, 5 MB of weights, 8.1 ms a run."""
+    noun, factors, _ = UNITS[quantity]
+    fitting = [(factor, unit) for unit, factor in factors.items() if value >= factor]
+    factor, unit = max(fitting, default=(1.0, ""))
+    space = " " if quantity in ("size", "latency") else ""
+    return f"{value / factor:.4g}{space}{unit} {noun}"
+
+
+def parse_target(text: str) -> Target:
+    """Return what `macs=50%` (what remains), `latency=-40%` (the change) or `size=5MB` (an amount) means.
+
+    Raises: RecipeError: it is none of these, or no budget.
+    """
+    name, _, wanted = text.partition("=")
+    quantity = next((known for known in UNITS if known == name), None)
+    if quantity is None:
+        raise RecipeError(f"target {text}: {name!r} is none of {', '.join(UNITS)}; try macs=50%")
+    match, unit = AMOUNT.fullmatch(wanted), UNITS[quantity]
+    if match is None or (match["unit"] != "%" and (match["minus"] or match["unit"] not in unit.factors)):
+        raise RecipeError(
+            f"target {text}: {wanted!r} is no amount of it; {name}=50% is what remains, {name}=-50% the "
+            f"change, {unit.example} an amount ({', '.join(unit.factors)})"
+        )
+    number = float(match["number"])
+    if match["unit"] != "%":
+        return Target(quantity=quantity, limit=number * unit.factors[match["unit"]])
+    share = (100 - number if match["minus"] else number) / 100
+    if not 0 < share < 1:
+        raise RecipeError(f"target {text}: {share:.0%} of what it costs now is no budget; try {name}=50%")
+    return Target(quantity=quantity, share=share)
+
+
+def meet(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> Budgeted:
+    """Return the options with the least summed error that bring what costs `now` within every target.
+
+    Raises: RecipeError: none do; with the least that can be reached, and how.
+    """
+    check(options, now, targets)
+    found = _solve(options, now, [(target.quantity, target.of(now)) for target in targets])
+    if found is None:
+        every = " and ".join(map(str, targets))
+        raise RecipeError(f"satisfiable: no; each target alone is, but not {every} at once")
+    return found
+
+
+def check(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> None:
+    """Raise RecipeError if a target can't be reached by any choice; errors play no part."""
+    for target in targets:
+        quantity, limit = target.quantity, target.of(now)
+        least = floor(options, now, quantity)
+        if least.costs[quantity] > limit * (1 + 1e-9):
+            total, lowest = now[quantity], least.costs[quantity]
+            reached = f"{amount(quantity, lowest)} of {amount(quantity, total)}"
+            raise RecipeError(
+                f"satisfiable: no; the floor is {lowest / total:.0%} of the {quantity} ({reached}), "
+                f"{_by(least.taken)}; the target is {limit / total:.0%}"
+            )
+
+
+def floor(options: Sequence[Option], now: Costs, quantity: Quantity) -> Budgeted:
+    """Return the choice that costs least."""
+    found = _solve(options, now, [], least=quantity)
+    assert found is not None  # taking nothing is always allowed
+    return found
+
+
+def frontier(
+    options: Sequence[Option], now: Costs, quantity: Quantity, *, points: int = 9
+) -> tuple[Budgeted, ...]:
+    """Return the best choices at evenly spaced budgets from the floor up to what the network costs now."""
+    least, most = floor(options, now, quantity).costs[quantity], now[quantity]
+    limits = np.linspace(least, most, points)
+    found = (_solve(options, now, [(quantity, float(limit))]) for limit in limits)
+    return tuple(entry for entry in found if entry is not None)
+
+
+def neighbours(
+    options: Sequence[Option], now: Costs, found: Budgeted, quantity: Quantity
+) -> tuple[Budgeted | None, Budgeted | None]:
+    """Return the next cheaper choice, and the next dearer one with less error; None: there is none."""
+    step = now[quantity] * 1e-4
+    cheaper = _solve(options, now, [(quantity, found.costs[quantity] - step)])
+    if not found.taken or found.error == 0:
+        return cheaper, None
+    return cheaper, _solve(options, now, [], least=quantity, most_error=found.error * (1 - 1e-3))
+
+
+def _by(taken: Sequence[Option]) -> str:
+    """Return in words which methods make a choice cheap."""
+    counts: Counter[str] = Counter()
+    for option in taken:
+        counts[str(option.method)] += len(option.sites)
+    if not counts:
+        return "since nothing that lcc knows makes any of it cheaper"
+    named = [f"{method} on {count} site{'s' * (count > 1)}" for method, count in counts.most_common(2)]
+    more = f" and {len(counts) - 2} more methods" if len(counts) > 2 else ""
+    return f"by {', '.join(named)}{more}"
+
+
+def _solve(
+    options: Sequence[Option],
+    now: Costs,
+    limits: Sequence[tuple[Quantity, float]],
+    *,
+    least: Quantity | None = None,
+    most_error: float | None = None,
+) -> Budgeted | None:
+    """Return the choice with the least error (or cost) within limits; None: there is none."""
+    if not options:
+        fits = all(now[quantity] <= limit for quantity, limit in limits)
+        return Budgeted((), dict(now), 0.0, 0.0) if fits else None
+    constraints = [LinearConstraint(_conflicts(options), -np.inf, 1)]
+    for quantity, limit in limits:
+        saved, needed = _saved(options, quantity), now[quantity] - limit
+        constraints.append(LinearConstraint(saved[None] / now[quantity], needed / now[quantity], np.inf))
+    errors = np.array([option.error for option in options])
+    scale = errors.max() or 1.0  # HiGHS's tolerances are absolute
+    if most_error is not None:
+        constraints.append(LinearConstraint(errors[None] / scale, -np.inf, most_error / scale))
+    objective = errors / scale if least is None else -_saved(options, least) / now[least]
+    result = milp(
+        objective,
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+    )
+    if result.x is None:
+        return None
+    taken = tuple(option for option, x in zip(options, result.x, strict=True) if x > 0.5)  # 0 or 1
+    costs: Costs = {
+        quantity: total - sum(option.saved[quantity] for option in taken) for quantity, total in now.items()
+    }
+    return Budgeted(taken, costs, sum(option.error for option in taken), float(result.mip_gap or 0.0))
+
+
+def _saved(options: Sequence[Option], quantity: Quantity) -> NDArray[np.float64]:
+    return np.array([option.saved[quantity] for option in options], dtype=float)
+
+
+def _conflicts(options: Sequence[Option]) -> csr_array:
+    """Return a row for every site: which options settle it, of which one at most can be taken."""
+    sites = {site: row for row, site in enumerate(dict.fromkeys(s for o in options for s in o.covers))}
+    entries = [(sites[site], column) for column, option in enumerate(options) for site in option.covers]
+    rows, columns = zip(*entries, strict=True)
+    return csr_array((np.ones(len(entries)), (rows, columns)), shape=(len(sites), len(options)))

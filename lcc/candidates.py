@@ -1,0 +1,89 @@
+"""What a planner can choose from: every method's configurations, at every site, with what they would save."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lcc.budget import Option
+from lcc.methods import Method
+from lcc.plan import Rule, banks_of
+from lcc.specs import Cost
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lcc.budget import Quantity
+    from lcc.plan import Site
+
+BYTES = 4  # of a parameter
+
+
+def options_for(
+    sites: tuple[Site, ...],
+    methods: Sequence[Method | type[Method]],
+    *,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+) -> list[Option]:
+    """Return every way of giving methods sites that they can take, and what it saves; errors not yet known.
+
+    A class stands for its family. `include` and `exclude` are globs over names. A method that shares takes a
+    whole bank.
+    """
+    free = [site for site in sites if _is_free(site, include, exclude)]
+    wanted: dict[Method, list[Site]] = {}
+    for site in free:
+        for method in methods:
+            for member in (method,) if isinstance(method, Method) else _members(method, site):
+                wanted.setdefault(member, []).append(site)
+    return [option for method, able in wanted.items() for option in _options(method, able, sites)]
+
+
+def worthwhile(options: Sequence[Option], quantities: Sequence[Quantity]) -> list[Option]:
+    """Return the options that save something of what is short, each amount of it with the least loss.
+
+    Of members of one family on the same sites that save as much, that one which saves least of the rest has
+    the most freedom to fit.
+    """
+    counted: tuple[Quantity, ...] = ("macs", *(q for q in quantities if q in ("params", "size")))
+    best: dict[object, Option] = {}
+    for option in options:
+        if all(option.saved[quantity] <= 0 for quantity in quantities):
+            continue
+        key = (type(option.method), option.sites, tuple(option.saved[quantity] for quantity in counted))
+        if key not in best or option.saved["params"] < best[key].saved["params"]:
+            best[key] = option
+    return list(best.values())
+
+
+def _members(kind: type[Method], site: Site) -> tuple[Method, ...]:
+    return kind.family(site.spec) if site.kind in kind.kinds else ()
+
+
+def _is_free(site: Site, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
+    named = not include or Rule(match=include).matches(site)
+    return named and not Rule(match=exclude).matches(site) and bool(site.sizes)
+
+
+def _options(method: Method, free: Sequence[Site], sites: tuple[Site, ...]) -> Iterator[Option]:
+    if method.shares:
+        for bank in banks_of(free, method):
+            yield _option(method, bank, sites)
+        return
+    for site in free:
+        if site.why_not(method) is None:
+            yield _option(method, (site,), sites)
+
+
+def _option(method: Method, taken: tuple[Site, ...], sites: tuple[Site, ...]) -> Option:
+    none = Cost(params=0, macs=0)
+    before = sum((site.cost() for site in taken), none)
+    after = sum((site.cost_with(method, first=site is taken[0]) for site in taken), none)
+    inside = (other.name for site in taken for other in sites if site.holds(other))
+    params = before.params - after.params
+    return Option(
+        method=method,
+        sites=tuple(site.name for site in taken),
+        covers=tuple(dict.fromkeys((*(site.name for site in taken), *inside))),
+        saved={"params": params, "macs": before.macs - after.macs, "size": BYTES * params},
+    )

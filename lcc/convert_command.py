@@ -1,0 +1,138 @@
+"""The command that decides what becomes of a network, by hand or within a budget, and does it: `lcc convert`.
+
+Annotations are not postponed here, since typer reads them.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lcc.errors import RecipeError
+from lcc.options import AsJson, Resume, checked, running, source_part, taking, writing
+from lcc.output import form_of, print_inspection, print_plan, print_report
+
+if TYPE_CHECKING:
+    from lcc.plan import Rule
+    from lcc.recipe import Budget, ModelPart
+    from lcc.settings import Settings
+
+
+def by_hand(
+    *,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A method, with hyperparameters after a colon: linear_mix:group_size=8; default: "
+            "linear_mix. With --target: one of those to choose from; repeatable."
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only sites matching this glob; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="No sites matching this glob; repeatable.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Decide as this file says, made by --save-plan.")
+    ] = None,
+) -> "tuple[list[str], tuple[str, ...], tuple[str, ...], Path | None]":
+    """Return which methods and sites are meant."""
+    if plan is not None and (method or include or exclude):
+        raise RecipeError(f"--plan {plan} says what becomes of every site; leave --method and globs out")
+    return method or [], tuple(include or ()), tuple(exclude or ()), plan
+
+
+def deciding(
+    named: "tuple[list[str], tuple[str, ...], tuple[str, ...], Path | None]",
+    *,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WHAT=AMOUNT",
+            help="Let a planner decide: params, macs, size or latency; 50% is what remains, -40% the change, "
+            "5MB an amount; repeatable. Needs --calibrate.",
+        ),
+    ] = None,
+    runtime: Annotated[
+        Literal["onnx", "torch"] | None,
+        typer.Option(help="With --target latency: where it is measured; default: onnx."),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="With --target latency: images per run; default: 1.")
+    ] = None,
+    bench_threads: Annotated[
+        int | None,
+        typer.Option("--bench-threads", min=1, help="With --target latency: CPU threads; default: 1."),
+    ] = None,
+) -> "tuple[Rule, ...] | Budget":
+    """Return the rules, or the budget within which a planner makes them."""
+    from lcc import recipe
+    from lcc.plan import rules_for
+
+    methods, include, exclude, plan = named
+    timing = {"runtime": runtime, "batch": batch, "threads": bench_threads}
+    if target:
+        if plan is not None:
+            raise RecipeError("--plan and --target both decide; leave one out")
+        how = {key: value for key, value in timing.items() if value is not None}
+        return checked(
+            recipe.Budget,
+            targets=tuple(target),
+            methods=tuple(methods),
+            include=include,
+            exclude=exclude,
+            **how,
+        )
+    if any(value is not None for value in timing.values()):
+        raise RecipeError("--runtime, --batch and --bench-threads are for --target latency=...")
+    if plan is not None:
+        return recipe.rules_from(plan)
+    if len(methods) > 1:
+        raise RecipeError("several methods at once are for --target, or for the rules of a recipe")
+    method = recipe.method_from_text(methods[0] if methods else "linear_mix")
+    return rules_for(method, include, exclude)
+
+
+@taking(part=source_part, base=running, settings=writing, named=by_hand, decision=deciding)
+def convert(
+    part: "ModelPart",
+    settings: "Settings",
+    decision: "tuple[Rule, ...] | Budget",
+    *,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="The lcc directory to write.")] = None,
+    calibrate: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Fit on unlabelled images, such as imagefolder:DIR.")
+    ] = None,
+    images: Annotated[int, typer.Option(help="How many images to fit on.")] = 512,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    save_plan: Annotated[
+        Path | None,
+        typer.Option("--save-plan", metavar="FILE", help="With --target: write the plan, to be edited."),
+    ] = None,
+    resume: Resume = False,
+    as_json: AsJson = False,
+) -> None:
+    """Replace convolutions by low-cost operators and write an lcc directory."""
+    from lcc import pipeline
+    from lcc.recipe import Calibrate
+
+    calibration = None
+    if calibrate is not None:
+        calibration = checked(Calibrate, data=calibrate, images=images, seed=part.seed)
+    if out is None and not dry_run:
+        raise RecipeError("say where to put the result: -o DIR (or --dry-run to write nothing)")
+    if isinstance(decision, tuple) and save_plan is not None:
+        raise RecipeError("--save-plan writes what a planner decides; give it a --target")
+    if not isinstance(decision, tuple) and calibration is None:
+        raise RecipeError("--target needs --calibrate DATA: only images show what harms least; no labels")
+    if out is not None and not dry_run:
+        report = pipeline.convert(
+            part, out, decision, settings, calibration=calibration, resume=resume, save_plan=save_plan
+        )
+        print_report(report, form_of(as_json=as_json))
+    elif isinstance(decision, tuple):
+        print_inspection(pipeline.plan(part, decision, settings, calibration=calibration), as_json=as_json)
+    elif calibration is not None:
+        planned = pipeline.budget(part, decision, calibration, settings, save_plan=save_plan)
+        print_plan(planned.report, as_json=as_json)

@@ -1,0 +1,117 @@
+"""How much every option harms a network on some images: from disk where it is known, else found out."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from lcc import __version__, data, models, progress
+from lcc.calibrate import finite_activations
+from lcc.evaluation import pick_device, placed
+from lcc.fit_store import conversion_key
+from lcc.measurements import Store, cache_folder
+from lcc.methods import AnyMethod
+from lcc.sensitivity import damages
+from lcc.specs import Frozen
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lcc.budget import Option
+    from lcc.methods import Method
+    from lcc.network import Network
+    from lcc.plan import Site
+    from lcc.recipe import Calibrate
+    from lcc.settings import Settings
+
+    Key = tuple[Method, tuple[str, ...]]
+
+
+class Harm(Frozen):
+    """What an option, a method and the sites that it takes, does; see `lcc.sensitivity.Damage`."""
+
+    method: AnyMethod
+    sites: tuple[str, ...]
+    relative_error: float
+    divergence: float
+
+
+class ErrorTable(NamedTuple):
+    """The options with their errors, relative errors on their sites, and in words what the table cost."""
+
+    options: list[Option]
+    relative_errors: dict[Key, float]
+    cost: str
+
+
+def with_errors(
+    network: Network,
+    sites: tuple[Site, ...],
+    options: Sequence[Option],
+    calibration: Calibrate,
+    settings: Settings,
+) -> ErrorTable:
+    """Return options with the divergence that each is predicted to cause.
+
+    What is kept is known by the network's weights, and by the data set's name, classes and the images chosen
+    from it; not by their pixels.
+    Raises: DataError: the images. ArtifactError: the cache can't be used.
+    """
+    store = Store(cache_folder(), "errors", _conditions(network, calibration), Harm)
+    known = {(harm.method, harm.sites): harm for harm in store.read()}
+    missing = [(o.method, o.sites) for o in options if (o.method, o.sites) not in known]
+    cost = f"errors of {len(options)} options: kept from an earlier run"
+    if missing:
+        store.keep(())  # that the folder can't be written is said before the work
+        passes, found = _found(network, sites, missing, calibration, settings)
+        store.keep(found)
+        known |= {(harm.method, harm.sites): harm for harm in found}
+        cost = (
+            f"errors of {len(missing)} options on {calibration.images} images took as long as {passes:.0f} "
+            "forward passes over them"
+        )
+    priced = [
+        option.model_copy(update={"error": known[option.method, option.sites].divergence})
+        for option in options
+    ]
+    return ErrorTable(priced, {key: harm.relative_error for key, harm in known.items()}, cost)
+
+
+def _found(
+    network: Network,
+    sites: tuple[Site, ...],
+    options: Sequence[Key],
+    calibration: Calibrate,
+    settings: Settings,
+) -> tuple[float, list[Harm]]:
+    """Return what finding out took, in forward passes, and what was found."""
+    images = data.images(calibration.data, network.loaded.preprocessing, calibration.images, calibration.seed)
+    model = network.loaded.model
+    with (
+        finite_activations("its layers"),
+        placed(model, pick_device(settings.device)),
+        models.seeded(calibration.seed),
+        progress.bar("fit options", len(options)) as tick,
+    ):
+        found = damages(model, {site.name: site for site in sites}, options, images, on_done=tick)
+        if not all(math.isfinite(harm.divergence) for harm in found.entries):
+            raise ValueError("no finite divergence")
+    harms = [
+        Harm(method=method, sites=names, relative_error=harm.relative_error, divergence=harm.divergence)
+        for (method, names), harm in zip(options, found.entries, strict=True)
+    ]
+    return found.forward_passes, harms
+
+
+def _conditions(network: Network, calibration: Calibrate) -> dict[str, object]:
+    split = data.open_train(calibration.data)
+    loaded = network.loaded
+    return {
+        "weights": conversion_key(loaded.model, torch.empty(0)),
+        "preprocessing": loaded.preprocessing.model_dump(mode="json"),
+        "data": calibration.model_dump(mode="json"),
+        "images": split.fingerprint,
+        "lcc": __version__,
+    }

@@ -1,0 +1,88 @@
+"""What was measured, kept on disk: one file for each set of conditions, one line for each measurement.
+
+FOLDER/KIND-HASH.jsonl   first a line that states the conditions in full, then the records
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from pydantic import ValidationError
+
+from lcc.errors import ArtifactError
+from lcc.specs import Frozen
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+Record = TypeVar("Record", bound=Frozen)
+
+
+class Store(Generic[Record]):
+    """The file of one kind of record under one set of conditions; `folder` None: nothing is read or kept."""
+
+    def __init__(
+        self, folder: Path | None, kind: str, conditions: Mapping[str, object], record: type[Record]
+    ) -> None:
+        self.folder, self.record = folder, record
+        self._head = json.dumps({"conditions": conditions}).encode()
+        self._name = f"{kind}-{hashlib.sha256(self._head).hexdigest()[:16]}.jsonl"
+
+    def read(self) -> list[Record]:
+        """Return what was measured under these conditions; a damaged line counts as not measured.
+
+        Raises: ArtifactError: the folder can't be read.
+        """
+        if self.folder is None:
+            return []
+        try:
+            lines = (self.folder / self._name).read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise self._refusal("read", error) from error
+        ours = lines[lines.index(self._head) + 1 :] if self._head in lines else []
+        return [record for line in ours if (record := self._parsed(line)) is not None]
+
+    def keep(self, records: Iterable[Record]) -> None:
+        """Append records, in one write of whole lines, since another process may append too.
+
+        Raises: ArtifactError: the folder can't be written.
+        """
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / self._name).open("ab+", buffering=0) as file:
+                file.seek(0)
+                *whole, last = file.read().split(b"\n")
+                lines = [b""] if last else []  # after a line cut short by a kill
+                lines += [] if self._head in whole else [self._head]
+                lines += [record.model_dump_json().encode() for record in records]
+                file.write(b"".join(line + b"\n" for line in lines))
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._refusal("written", error) from error
+
+    def _parsed(self, line: bytes) -> Record | None:
+        try:
+            return self.record.model_validate_json(line)
+        except ValidationError:
+            return None
+
+    def _refusal(self, what: str, error: OSError) -> ArtifactError:
+        return ArtifactError(
+            f"{self.folder}, where measurements are kept, can't be {what} ({error.strerror or error}); "
+            "set LCC_CACHE to another folder"
+        )
+
+
+def cache_folder() -> Path:
+    """Return where measurements are kept: $LCC_CACHE, else $XDG_CACHE_HOME/lcc, else ~/.cache/lcc."""
+    if own := os.environ.get("LCC_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lcc"

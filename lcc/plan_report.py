@@ -1,0 +1,217 @@
+"""What a planner chose for a target, why, and what else could be had; as a table, and as rules to edit."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from lcc.budget import Costs, Quantity, amount
+from lcc.methods import AnyMethod
+from lcc.specs import Cost, Frozen
+from lcc.tables import GOOD, QUIET, UNKNOWN, Cell, Sheet, change, ms, si
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from lcc.budget import Budgeted, Option
+    from lcc.plan import Rule
+
+SHOWN = 4  # differences between two choices
+CERTAIN = 1e-5
+
+
+class Compared(Frozen):
+    """A whole network: what its layers' own times predict, the same scaled, and what was measured."""
+
+    by_parts_ms: float
+    predicted_ms: float
+    measured_ms: float
+
+
+class Part(Frozen):
+    """An option that was chosen; `saved` of the network, `ms`: alone, before and after."""
+
+    method: AnyMethod
+    sites: tuple[str, ...]
+    shape: str
+    before: Cost
+    after: Cost
+    saved: Costs
+    ms: tuple[float, float] | None = None
+    error: float
+    relative_error: float
+
+
+class Point(Frozen):
+    """A budget, and the least error that can be had for it."""
+
+    costs: Costs
+    error: float
+
+
+class PlanReport(Frozen):
+    """A choice: costs `now` and `then`, predicted error in nats, and `gap`: how far above the least.
+
+    `cheaper` and `dearer`: what the nearest other choices change. `compared`: whole networks that were timed,
+    the chosen one last.
+    """
+
+    source: str
+    random_weights: bool
+    targets: tuple[str, ...]
+    now: Costs
+    then: Costs
+    error: float
+    gap: float
+    parts: tuple[Part, ...]
+    frontier: tuple[Point, ...]
+    cheaper: str | None
+    dearer: str | None
+    compared: tuple[Compared, ...] = ()
+    noisy: bool = False
+    timing: str | None = None
+    cost: str
+
+
+def changes(found: Budgeted, other: Budgeted, now: Costs, quantity: Quantity) -> str:
+    """Return in words what another choice changes, and what that costs and saves."""
+    before, after = _by_site(found.taken), _by_site(other.taken)
+    different = [
+        site
+        for site in (*before, *(s for s in after if s not in before))
+        if before.get(site) != after.get(site)
+    ]
+    named = [
+        f"{site} {before.get(site, 'dense')} to {after.get(site, 'dense')}" for site in different[:SHOWN]
+    ]
+    more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
+    return (
+        f"{other.costs[quantity] / now[quantity]:.1%} of the {quantity}, error {other.error:.3g}: "
+        f"{', '.join(named)}{more}"
+    )
+
+
+def plan_sheets(report: PlanReport) -> list[Sheet]:
+    """Return the choice and the frontier as tables."""
+    return [_plan_sheet(report), _frontier_sheet(report)]
+
+
+def plan_line(report: PlanReport) -> str:
+    """Return the choice in a line."""
+    costs = ", ".join(f"{after / report.now[q]:.1%} of the {q}" for q, after in report.then.items())
+    converted = sum(len(part.sites) for part in report.parts)
+    return (
+        f"planned for {' and '.join(report.targets)}: {converted} sites converted, {costs}, "
+        f"predicted error {report.error:.3g} nats"
+    )
+
+
+def rules_text(rules: Sequence[Rule], report: PlanReport) -> str:
+    """Return rules as TOML, to be edited, passed back with --plan, or put into a recipe."""
+    errors = {site: part.error for part in report.parts for site in part.sites}
+    lines = [
+        f"# {report.source}: {' and '.join(report.targets)}; predicted error {report.error:.3g}",
+        "# The first entry that matches a site decides it; no method keeps it dense.",
+    ]
+    for rule in rules:
+        lines += ["", "[[convert]]"]
+        if rule.match == ("*",):
+            lines.append('match = ["*"]')
+        else:
+            lines.append("match = [")
+            lines += [f"    {json.dumps(site)},  # error {errors[site]:.2g}" for site in rule.match]
+            lines.append("]")
+        if rule.method is not None:
+            lines.append(f"method = {_inline(rule.method.model_dump(mode='json', exclude_none=True))}")
+        if rule.reason is not None:
+            lines.append(f"reason = {json.dumps(rule.reason)}")
+    return "\n".join(lines) + "\n"
+
+
+def _inline(value: object) -> str:
+    """Return plain data as a TOML value in one line."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_inline(part)}" for key, part in value.items()) + " }"
+    return json.dumps(value)
+
+
+def _by_site(taken: Sequence[Option]) -> dict[str, str]:
+    return {site: str(option.method) for option in taken for site in option.sites}
+
+
+def _plan_sheet(report: PlanReport) -> Sheet:
+    headers = ["site", "shape", "becomes", "params", "MACs"]
+    timed = any(part.ms for part in report.parts)
+    headers += ["ms alone"] if timed else []
+    headers += ["of the saving", "error", "of the error"]
+    quantity = _quantity(report)
+    saving = report.now[quantity] - report.then[quantity]
+    rows = []
+    for part in report.parts:
+        cells = [
+            Cell(
+                part.sites[0] if len(part.sites) == 1 else f"{part.sites[0]} and {len(part.sites) - 1} more"
+            ),
+            Cell(part.shape),
+            Cell(str(part.method), GOOD),
+            Cell(change(si(part.before.params), si(part.after.params))),
+            Cell(change(si(part.before.macs), si(part.after.macs))),
+        ]
+        if timed:
+            cells.append(Cell(UNKNOWN if part.ms is None else change(ms(part.ms[0], 2), ms(part.ms[1], 2))))
+        cells += [
+            Cell(f"{part.saved[quantity] / saving:.1%}"),
+            Cell(f"{part.error:.3g}"),
+            Cell(f"{part.error / report.error:.1%}" if report.error else UNKNOWN),
+        ]
+        rows.append(tuple(cells))
+    random = " (RANDOM WEIGHTS)" if report.random_weights else ""
+    return Sheet(
+        title=f"{report.source}{random}: {' and '.join(report.targets)}",
+        headers=tuple(headers),
+        rows=tuple(rows),
+        notes=tuple(_notes(report)),
+        left=(0, 1, 2),
+    )
+
+
+def _notes(report: PlanReport) -> Iterator[str]:
+    for quantity, total in report.now.items():
+        after = report.then[quantity]
+        yield f"{amount(quantity, total)} becomes {amount(quantity, after)}, {after / total:.1%}"
+    least = "the least possible" if report.gap < CERTAIN else f"at most {report.gap:.1g} above the least"
+    yield f"predicted error {report.error:.3g} nats (divergence of the outputs), {least}; other sites stay"
+    for found in report.compared:
+        off = found.predicted_ms / found.measured_ms - 1
+        yield (
+            f"a whole network: {ms(found.measured_ms)} ms measured, {ms(found.predicted_ms)} predicted "
+            f"({off:+.1%}), {ms(found.by_parts_ms)} by its layers alone"
+        )
+    if report.timing:
+        yield f"latency: {report.timing}" + (" (~ noisy machine)" if report.noisy else "")
+    yield f"next cheaper: {report.cheaper or 'none, this is the floor'}"
+    yield f"next dearer: {report.dearer or 'none, this is without error'}"
+    yield report.cost
+
+
+def _frontier_sheet(report: PlanReport) -> Sheet:
+    quantity = _quantity(report)
+    return Sheet(
+        title="frontier",
+        headers=(f"{quantity}, of now", quantity, "predicted error"),
+        rows=tuple(
+            (
+                Cell(f"{point.costs[quantity] / report.now[quantity]:.1%}"),
+                Cell(amount(quantity, point.costs[quantity]), QUIET),
+                Cell(f"{point.error:.3g}"),
+            )
+            for point in report.frontier
+        ),
+        left=(),
+    )
+
+
+def _quantity(report: PlanReport) -> Quantity:
+    """Return what the first target is about."""
+    name = report.targets[0].partition("=")[0]
+    return next(quantity for quantity in report.now if quantity == name)

@@ -1,0 +1,197 @@
+"""What every option would do to the network's output, predicted for all of them from a few passes.
+
+First every option's operators are fitted to the activations of the original network. Then, for labels drawn
+from the network's own predictions, the slope g of their log-likelihood at every site. Outputs off by e move
+it by g . e; half the mean square of that is the Kullback-Leibler divergence of the predictions to second
+order, since the Fisher information is the mean of g g^T.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lcc.two_streams import device_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from lcc.methods import Method
+    from lcc.plan import Site
+
+    Seen = dict[str, list[tuple[Tensor, Tensor]]]  # every site's input and output in each call
+    Slopes = dict[str, list[list[Tensor]]]  # at every site's output in each call, one for each drawn label
+
+CHUNK = 64  # images at a time
+DRAWS = 4  # labels drawn for every image
+AT_ONCE = 64  # options fitted in one pass: what they remember must fit in memory
+
+
+class Damage(NamedTuple):
+    """What an option does: its fits' mean relative error, and the divergence predicted, in nats."""
+
+    relative_error: float
+    divergence: float
+
+
+class Damages(NamedTuple):
+    """A `Damage` for every option, and what finding them out took, in forward passes over the images."""
+
+    entries: tuple[Damage, ...]
+    forward_passes: float
+
+
+def damages(
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    options: Sequence[tuple[Method, tuple[str, ...]]],
+    images: Tensor,
+    *,
+    seed: int = 0,
+    on_done: Callable[[int], None] | None = None,
+) -> Damages:
+    """Return what every option, a method and the sites that it takes, does on images (N, C, H, W).
+
+    The model is left in eval mode. `on_done` is called with the number of options fitted so far.
+    """
+    model.eval()
+    parts = [part.to(device_of(model)) for part in images.split(CHUNK)]
+    started = time.perf_counter()
+    with torch.no_grad():
+        for part in parts:
+            model(part)
+    forward = time.perf_counter() - started
+    trials = [_Trial(model, sites, method, names) for method, names in options]
+    done = 0
+    for batch in _batches(trials):
+        _fit(model, batch, parts)
+        done += len(batch)
+        if on_done is not None:
+            on_done(done)
+    modules = {name: model.get_submodule(name) for trial in trials for name in trial.operators}
+    generator = torch.Generator().manual_seed(seed)
+    for part in parts:
+        seen, slopes = _slopes(model, modules, part, generator)
+        with torch.no_grad():
+            for trial in trials:
+                trial.take_in(seen, slopes)
+    scale = 0.5 / (DRAWS * len(images))
+    entries = tuple(Damage(trial.relative_error, scale * trial.squares) for trial in trials)
+    return Damages(entries, (time.perf_counter() - started) / forward)
+
+
+class _Trial:
+    """An option's operators, beside the modules that they would replace."""
+
+    def __init__(
+        self, model: nn.Module, sites: Mapping[str, Site], method: Method, names: tuple[str, ...]
+    ) -> None:
+        self.method = method
+        self.originals = {name: model.get_submodule(name) for name in names}
+        self.operators = {name: method.build(sites[name].spec) for name in names}
+        self.has_norm = {name: sites[name].norm is not None for name in names}
+        for name, operator in self.operators.items():
+            operator.to(next(self.originals[name].parameters())).eval()
+        self.relative_error = self.squares = 0.0
+
+    def begin(self, stack: ExitStack) -> None:
+        """Take the start's weights, and watch the originals until the stack closes."""
+        ops = list(self.operators.values())
+        self.method.tie_(ops)
+        self.method.project_bank_(ops, list(self.originals.values()))
+        self.statistics = {
+            name: op.statistics(free_means=self.has_norm[name]) for name, op in self.operators.items()
+        }
+        for name, module in self.originals.items():
+            handle = module.register_forward_hook(self._watching(name))
+            stack.callback(handle.remove)
+
+    def finish(self) -> None:
+        """Fit to what was seen, and forget it."""
+        fits = self.method.fit_bank_(list(self.operators.values()), list(self.statistics.values()))
+        errors = [fit.relative_error or 0.0 for fit in fits]
+        self.relative_error = sum(errors) / len(errors)
+        del self.statistics
+
+    def take_in(self, seen: Seen, slopes: Slopes) -> None:
+        """Add the squares of what these images' log-likelihoods move by."""
+        moved = [torch.zeros((), dtype=torch.float64)] * DRAWS
+        for name, operator in self.operators.items():
+            for (x, y), drawn in zip(seen[name], slopes[name], strict=True):
+                got = operator(x)
+                if self.has_norm[name]:  # which will take its statistics along
+                    got = _with_moments_of(y, got)
+                off = (got - y).flatten(1)
+                moved = [
+                    total + (slope.flatten(1) * off).sum(1, dtype=torch.float64)
+                    for total, slope in zip(moved, drawn, strict=True)
+                ]
+        self.squares += sum(float(total.square().sum()) for total in moved)
+
+    def _watching(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self.statistics[name].add(inputs[0], output)
+
+        return hook
+
+
+def _batches(trials: Sequence[_Trial]) -> list[list[_Trial]]:
+    """Return trials that are fitted in one pass together; those that keep activations go alone."""
+    fast = [trial for trial in trials if not trial.method.fits_slowly]
+    batches = [fast[i : i + AT_ONCE] for i in range(0, len(fast), AT_ONCE)]
+    return [*batches, *([trial] for trial in trials if trial.method.fits_slowly)]
+
+
+def _fit(model: nn.Module, trials: Sequence[_Trial], parts: Sequence[Tensor]) -> None:
+    with torch.no_grad(), ExitStack() as stack:
+        for trial in trials:
+            trial.begin(stack)
+        for part in parts:
+            model(part)
+    for trial in trials:
+        trial.finish()
+
+
+def _slopes(
+    model: nn.Module, modules: Mapping[str, nn.Module], images: Tensor, generator: torch.Generator
+) -> tuple[Seen, Slopes]:
+    """Return every module's inputs and outputs, and the slopes at its outputs for each draw of labels."""
+    seen: Seen = {name: [] for name in modules}
+    outputs: list[tuple[str, Tensor]] = []
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            seen[name].append((inputs[0].detach().clone(), output.detach().clone()))
+            outputs.append((name, output if output.requires_grad else output.requires_grad_()))
+            return output * 1  # what follows may work in place
+
+        return hook
+
+    with torch.enable_grad(), ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(keep(name)).remove)
+        log_likelihoods = F.log_softmax(model(images), dim=1)
+    drawn: list[tuple[Tensor, ...]] = []
+    for draw in range(DRAWS):
+        labels = torch.multinomial(log_likelihoods.detach().exp().cpu(), 1, generator=generator)
+        chosen = log_likelihoods.gather(1, labels.to(images.device)).sum()
+        more = draw < DRAWS - 1
+        drawn.append(torch.autograd.grad(chosen, [y for _, y in outputs], retain_graph=more))
+    slopes: Slopes = {name: [] for name in modules}
+    for (name, _), found in zip(outputs, zip(*drawn, strict=True), strict=True):
+        slopes[name].append(list(found))
+    return seen, slopes
+
+
+def _with_moments_of(wanted: Tensor, got: Tensor) -> Tensor:
+    """Return `got` with every channel's mean and variance those of `wanted`."""
+    axes = (0, 2, 3)
+    (variance, mean), (new_variance, new_mean) = (
+        torch.var_mean(y, axes, correction=0, keepdim=True) for y in (wanted, got)
+    )
+    return (got - new_mean) * (variance / new_variance.clamp_min(1e-30)).sqrt() + mean

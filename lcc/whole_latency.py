@@ -1,0 +1,201 @@
+"""What options save of a network's latency: each measured alone, and their sum put right by whole networks.
+
+Alone, a layer has nothing to fuse with and pays for its own memory layout. So a few converted networks are
+timed beside the original, and what single layers save is scaled to what they save together.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lcc import models, surgery
+from lcc.budget import floor
+from lcc.export import to_onnx
+from lcc.latency_table import Place, conditions_of, measure_latencies
+from lcc.measure import bench_onnx, bench_torch
+from lcc.measurements import Store, cache_folder
+from lcc.plan import Rule, make_plan
+from lcc.plan_report import Compared
+from lcc.specs import Frozen
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from lcc.budget import Costs, Option
+    from lcc.latency_table import LatencyTable, Timing
+    from lcc.methods import Method
+    from lcc.network import Network
+    from lcc.plan import Site
+
+BEFORE, AFTER = "dense", "converted"
+
+
+class Whole(Frozen):
+    """A converted network timed beside its original: its time, and the ratio within the rounds."""
+
+    rules: tuple[Rule, ...]
+    before_ms: float
+    ratio: float
+    noisy: bool
+
+
+class Clock:
+    """Times options and whole networks; `now_ms` is the original's time, `noisy`: one was not steady."""
+
+    def __init__(self, network: Network, sites: tuple[Site, ...], timing: Timing) -> None:
+        self.network, self.sites, self.timing = network, sites, timing
+        self.compared: list[Compared] = []
+        self.noisy = False
+        self.now_ms = 0.0
+        self._table: LatencyTable = {}
+        self._scale = 1.0
+        model = network.loaded.model
+        structure = f"{model}{network.loaded.preprocessing.image_size}".encode()
+        self.conditions = _in_words(conditions_of(timing))
+        conditions = {**conditions_of(timing), "network": hashlib.sha256(structure).hexdigest()}
+        self._store = Store(cache_folder(), "networks", conditions, Whole)
+        self._known = {whole.rules: whole for whole in self._store.read()}
+        self._original_file: bytes | None = None
+
+    def price(self, options: Sequence[Option]) -> list[Option]:
+        """Return the options that are faster than what they replace, with the time that each saves alone.
+
+        Measures the network that would be fastest, which gives `now_ms` and the scale of savings.
+        Raises: RecipeError: the device. ArtifactError: the cache. CheckFailedError: the export.
+        """
+        wanted: dict[Place, list[Method]] = {}
+        for option in options:
+            for place in self._places(option.sites):
+                wanted.setdefault(place, []).append(option.method)
+        self._table = measure_latencies(wanted, self.timing, cache=cache_folder())
+        priced = []
+        for option in options:
+            saved = self._saved_ms(option)
+            if saved is not None and saved > 0:
+                priced.append(option.model_copy(update={"saved": {**option.saved, "latency": saved}}))
+        now: Costs = {"params": 1.0, "macs": 1.0, "size": 1.0, "latency": 1.0}
+        self.measure(floor(priced, now, "latency").taken)
+        return priced
+
+    def scaled(self, options: Sequence[Option]) -> list[Option]:
+        """Return priced options with what they save in company."""
+        return [
+            option.model_copy(
+                update={"saved": {**option.saved, "latency": self._scale * option.saved["latency"]}}
+            )
+            for option in options
+        ]
+
+    def measure(self, taken: Sequence[Option]) -> float:
+        """Return the milliseconds of the network with priced options taken, and learn from it."""
+        whole = self._whole(rules_of(taken))
+        self.now_ms = self.now_ms or whole.before_ms
+        self.noisy = self.noisy or whole.noisy
+        saved = sum(option.saved["latency"] for option in taken)
+        measured = self.now_ms * whole.ratio
+        self.compared.append(
+            Compared(
+                by_parts_ms=self.now_ms - saved,
+                predicted_ms=self.now_ms - self._scale * saved,
+                measured_ms=measured,
+            )
+        )
+        if saved > 0 and measured < self.now_ms:
+            self._scale = (self.now_ms - measured) / saved
+        return measured
+
+    def alone_ms(self, option: Option) -> tuple[float, float]:
+        """Return what an option's sites take, each alone, before and after."""
+        pairs = [
+            (self._table[place][None].median_ms, self._table[place][option.method].median_ms)
+            for place in self._places(option.sites)
+        ]
+        return sum(before for before, _ in pairs), sum(after for _, after in pairs)
+
+    def _places(self, names: Sequence[str]) -> list[Place]:
+        """Return where the named sites run, a place for each call."""
+        return [
+            Place(spec=site.spec, size=size)
+            for site in self.sites
+            if site.name in names
+            for size in site.sizes
+        ]
+
+    def _saved_ms(self, option: Option) -> float | None:
+        timed = [self._table[place] for place in self._places(option.sites)]
+        if not all(option.method in rivals and None in rivals for rivals in timed):
+            return None
+        before, after = self.alone_ms(option)
+        return before - after
+
+    def _whole(self, rules: tuple[Rule, ...]) -> Whole:
+        if rules not in self._known:
+            whole = self._timed(rules)
+            self._store.keep([whole])
+            self._known[rules] = whole
+        return self._known[rules]
+
+    def _timed(self, rules: tuple[Rule, ...]) -> Whole:
+        """Time the network with fresh operators beside the original."""
+        loaded = self.network.loaded
+        model = copy.deepcopy(loaded.model).eval()
+        if rules:
+            with models.seeded(0):
+                surgery.replace_(model, make_plan(self.sites, rules))
+        timing = self.timing
+        if timing.runtime == "torch":
+            example = self.network.example.expand(timing.batch, -1, -1, -1).contiguous()
+            bench = bench_torch(
+                {BEFORE: loaded.model, AFTER: model},
+                example,
+                threads=timing.threads,
+                device=timing.device,
+                rounds=timing.rounds,
+            )
+        else:
+            if self._original_file is None:
+                self._original_file = _file(self.network)
+            converted = _file(self.network.but(loaded=replace(loaded, model=model)))
+            bench = bench_onnx(
+                {BEFORE: self._original_file, AFTER: converted},
+                batch=timing.batch,
+                threads=timing.threads,
+                device=timing.device,
+                rounds=timing.rounds,
+            )
+        return Whole(
+            rules=rules,
+            before_ms=bench.latencies[BEFORE].median_ms,
+            ratio=1 / bench.speedups[AFTER].median,
+            noisy=any(latency.noisy for latency in bench.latencies.values()),
+        )
+
+
+def _in_words(conditions: Mapping[str, object]) -> str:
+    runtime = {"onnx": "ONNX Runtime", "torch": "eager torch"}[str(conditions["runtime"])]
+    return (
+        f"{runtime} {conditions['version']}, {conditions['device']}, threads {conditions['threads']}, "
+        f"batch {conditions['batch']}, interleaved with the dense network"
+    )
+
+
+def rules_of(taken: Sequence[Option]) -> tuple[Rule, ...]:
+    """Return the rules that give methods the sites of these options: a rule for each bank, or each method."""
+    banks = [Rule(match=option.sites, method=option.method) for option in taken if option.method.shares]
+    alone: dict[Method, list[str]] = {}
+    for option in taken:
+        if not option.method.shares:
+            alone.setdefault(option.method, []).extend(option.sites)
+    return (*banks, *(Rule(match=tuple(names), method=method) for method, names in alone.items()))
+
+
+def _file(network: Network) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        to_onnx(network.loaded, path, network.plan)
+        return path.read_bytes()
