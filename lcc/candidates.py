@@ -33,9 +33,9 @@ def options_for(
     free = [site for site in sites if _is_free(site, include, exclude)]
     wanted: dict[Method, list[Site]] = {}
     for site in free:
-        for method in methods:
-            for member in (method,) if isinstance(method, Method) else _members(method, site):
-                wanted.setdefault(member, []).append(site)
+        found = [_members(method, site) for method in methods]
+        for member in dict.fromkeys(member for members in found for member in members):
+            wanted.setdefault(member, []).append(site)
     return [option for method, able in wanted.items() for option in _options(method, able, sites)]
 
 
@@ -56,8 +56,10 @@ def worthwhile(options: Sequence[Option], quantities: Sequence[Quantity]) -> lis
     return list(best.values())
 
 
-def _members(kind: type[Method], site: Site) -> tuple[Method, ...]:
-    return kind.family(site.spec) if site.kind in kind.kinds else ()
+def _members(method: Method | type[Method], site: Site) -> tuple[Method, ...]:
+    if isinstance(method, Method):
+        return (method,)
+    return method.family(site.spec) if site.kind in method.kinds else ()
 
 
 def _is_free(site: Site, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
