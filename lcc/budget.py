@@ -5,8 +5,13 @@ Pure: in goes what every option saves and harms, out come those to take. HiGHS s
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
+import sys
 from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -19,7 +24,7 @@ from lcc.methods import AnyMethod
 from lcc.specs import Frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -213,13 +218,14 @@ def _solve(
     if most_error is not None:
         constraints.append(LinearConstraint(errors[None] / scale, -np.inf, most_error / scale))
     objective = errors / scale if least is None else -_saved(options, least) / now[least]
-    result = milp(
-        objective,
-        integrality=np.ones(len(options)),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
-    )
+    with silent_stdout():
+        result = milp(
+            objective,
+            integrality=np.ones(len(options)),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        )
     if result.x is None:
         return None
     taken = tuple(option for option, x in zip(options, result.x, strict=True) if x > 0.5)  # 0 or 1
@@ -227,6 +233,22 @@ def _solve(
         quantity: total - sum(option.saved[quantity] for option in taken) for quantity, total in now.items()
     }
     return Budgeted(taken, costs, sum(option.error for option in taken), float(result.mip_gap or 0.0))
+
+
+@contextmanager
+def silent_stdout() -> Iterator[None]:
+    """Keep what a C library writes to the standard output, as HiGHS does now and then, from what lcc says."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        if os.name == "posix":
+            ctypes.CDLL(None).fflush(None)  # what is in C's own buffer
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _saved(options: Sequence[Option], quantity: Quantity) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from lcc.budget import Option
@@ -54,6 +55,18 @@ def worthwhile(options: Sequence[Option], quantities: Sequence[Quantity]) -> lis
         if key not in best or option.saved["params"] < best[key].saved["params"]:
             best[key] = option
     return list(best.values())
+
+
+def obstacles(sites: tuple[Site, ...], methods: Sequence[Method | type[Method]]) -> str:
+    """Return in words why these methods take no site: what the first says of each, most often first."""
+    counts: Counter[str] = Counter()
+    for site in sites:
+        kinds = [method for method in methods if site.kind in method.kinds]
+        if kinds:
+            reason = site.why_not(_members(kinds[0], site)[0]) or "would save none of it"
+            counts[reason.partition(" (")[0].partition(":")[0]] += 1
+    listed = "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
+    return f"no method takes any of its {counts.total()} sites ({listed})"
 
 
 def _members(method: Method | type[Method], site: Site) -> tuple[Method, ...]:

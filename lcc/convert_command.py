@@ -54,6 +54,22 @@ def deciding(
             "5MB an amount; repeatable. Needs --calibrate.",
         ),
     ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop",
+            min=0,
+            help="Instead of a target: the cheapest plan that loses at most so many points of top-1 on "
+            "--data right after conversion.",
+        ),
+    ] = None,
+    minimise: Annotated[
+        Literal["params", "macs", "size", "latency"] | None,
+        typer.Option(help="With --max-drop: what is to be cheap; default: macs."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="With --max-drop: where accuracy is measured.")
+    ] = None,
     runtime: Annotated[
         Literal["onnx", "torch"] | None,
         typer.Option(help="With --target latency: where it is measured; default: onnx."),
@@ -71,21 +87,33 @@ def deciding(
     from lcc.plan import rules_for
 
     methods, include, exclude, plan = named
-    timing = {"runtime": runtime, "batch": batch, "threads": bench_threads}
-    if target:
+    given = {
+        "minimise": minimise,
+        "data": data,
+        "runtime": runtime,
+        "batch": batch,
+        "threads": bench_threads,
+    }
+    how = {key: value for key, value in given.items() if value is not None}
+    if target or max_drop is not None:
         if plan is not None:
-            raise RecipeError("--plan and --target both decide; leave one out")
-        how = {key: value for key, value in timing.items() if value is not None}
+            raise RecipeError("--plan and a planner's --target both decide; leave one out")
+        if target and (max_drop is not None or minimise or data):
+            raise RecipeError("--target says what to reach, --max-drop what to lose; give one of them")
+        if not target and data is None:
+            raise RecipeError("--max-drop needs --data DATA, labelled, to measure accuracy on")
         return checked(
             recipe.Budget,
-            targets=tuple(target),
+            targets=tuple(target or ()),
+            max_drop=max_drop,
             methods=tuple(methods),
             include=include,
             exclude=exclude,
             **how,
         )
-    if any(value is not None for value in timing.values()):
-        raise RecipeError("--runtime, --batch and --bench-threads are for --target latency=...")
+    if how:
+        option = {"threads": "bench-threads"}.get(next(iter(how)), next(iter(how)))
+        raise RecipeError(f"--{option} is for a planner; give it a --target or a --max-drop")
     if plan is not None:
         return recipe.rules_from(plan)
     if len(methods) > 1:
@@ -123,9 +151,9 @@ def convert(
     if out is None and not dry_run:
         raise RecipeError("say where to put the result: -o DIR (or --dry-run to write nothing)")
     if isinstance(decision, tuple) and save_plan is not None:
-        raise RecipeError("--save-plan writes what a planner decides; give it a --target")
+        raise RecipeError("--save-plan writes what a planner decides; give it a --target or a --max-drop")
     if not isinstance(decision, tuple) and calibration is None:
-        raise RecipeError("--target needs --calibrate DATA: only images show what harms least; no labels")
+        raise RecipeError("a planner needs --calibrate DATA: only images show what harms least; no labels")
     if out is not None and not dry_run:
         report = pipeline.convert(
             part, out, decision, settings, calibration=calibration, resume=resume, save_plan=save_plan

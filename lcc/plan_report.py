@@ -53,12 +53,13 @@ class PlanReport(Frozen):
     """A choice: costs `now` and `then`, predicted error in nats, and `gap`: how far above the least.
 
     `cheaper` and `dearer`: what the nearest other choices change. `compared`: whole networks that were timed,
-    the chosen one last.
+    the chosen one last. `quantity` is what the frontier is about; `drop`: points of accuracy lost.
     """
 
     source: str
     random_weights: bool
     targets: tuple[str, ...]
+    quantity: Quantity
     now: Costs
     then: Costs
     error: float
@@ -68,6 +69,7 @@ class PlanReport(Frozen):
     cheaper: str | None
     dearer: str | None
     compared: tuple[Compared, ...] = ()
+    drop: float | None = None
     noisy: bool = False
     timing: str | None = None
     cost: str
@@ -144,7 +146,7 @@ def _plan_sheet(report: PlanReport) -> Sheet:
     timed = any(part.ms for part in report.parts)
     headers += ["ms alone"] if timed else []
     headers += ["of the saving", "error", "of the error"]
-    quantity = _quantity(report)
+    quantity = report.quantity
     saving = report.now[quantity] - report.then[quantity]
     rows = []
     for part in report.parts:
@@ -181,11 +183,14 @@ def _notes(report: PlanReport) -> Iterator[str]:
         yield f"{amount(quantity, total)} becomes {amount(quantity, after)}, {after / total:.1%}"
     least = "the least possible" if report.gap < CERTAIN else f"at most {report.gap:.1g} above the least"
     yield f"predicted error {report.error:.3g} nats (divergence of the outputs), {least}; other sites stay"
-    for found in report.compared:
+    if report.drop is not None:
+        yield f"{report.drop:+.2f} points lost right after conversion, before fine-tuning"
+    for number, found in enumerate(report.compared, 1):
+        name = "the chosen network" if number == len(report.compared) else "a network to learn from"
         off = found.predicted_ms / found.measured_ms - 1
         yield (
-            f"a whole network: {ms(found.measured_ms)} ms measured, {ms(found.predicted_ms)} predicted "
-            f"({off:+.1%}), {ms(found.by_parts_ms)} by its layers alone"
+            f"{name}: {ms(found.measured_ms)} ms measured, {ms(found.predicted_ms)} predicted ({off:+.1%}), "
+            f"{ms(found.by_parts_ms)} as the sum of its layers, each timed alone"
         )
     if report.timing:
         yield f"latency: {report.timing}" + (" (~ noisy machine)" if report.noisy else "")
@@ -195,7 +200,7 @@ def _notes(report: PlanReport) -> Iterator[str]:
 
 
 def _frontier_sheet(report: PlanReport) -> Sheet:
-    quantity = _quantity(report)
+    quantity = report.quantity
     return Sheet(
         title="frontier",
         headers=(f"{quantity}, of now", quantity, "predicted error"),
@@ -209,9 +214,3 @@ def _frontier_sheet(report: PlanReport) -> Sheet:
         ),
         left=(),
     )
-
-
-def _quantity(report: PlanReport) -> Quantity:
-    """Return what the first target is about."""
-    name = report.targets[0].partition("=")[0]
-    return next(quantity for quantity in report.now if quantity == name)

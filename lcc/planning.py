@@ -6,13 +6,21 @@ target for the same network and images costs seconds.
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lcc.budget import amount, check, frontier, meet, neighbours, parse_target
-from lcc.candidates import options_for, worthwhile
+from lcc import data
+from lcc.batches import eval_batches
+from lcc.budget import Target, amount, check, floor, frontier, meet, neighbours, parse_target
+from lcc.candidates import obstacles, options_for, worthwhile
+from lcc.conversion import convert_network
 from lcc.counts import count_macs, count_params
 from lcc.error_table import with_errors
-from lcc.errors import NothingToConvertError
+from lcc.errors import NothingToConvertError, RecipeError
+from lcc.evaluation import evaluate
 from lcc.latency_table import Timing
 from lcc.methods import METHODS
 from lcc.network import sites_of
@@ -25,7 +33,8 @@ from lcc.whole_latency import Clock, rules_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lcc.budget import Budgeted, Costs, Option, Target
+    from lcc.budget import Budgeted, Costs, Option, Quantity
+    from lcc.data import Split
     from lcc.error_table import ErrorTable
     from lcc.methods import Method
     from lcc.network import Network
@@ -36,6 +45,8 @@ if TYPE_CHECKING:
 ROUNDS = 4  # of choosing, and measuring what was chosen
 CLOSE = 0.02  # relative, of a latency to what was predicted: no further round
 BENCH_ROUNDS = 10
+HALVINGS = 6
+EVAL_BATCH = 256
 
 
 class Planned(NamedTuple):
@@ -52,23 +63,65 @@ def plan_within(original: Network, budget: Budget, calibration: Calibrate, setti
     kept already. DataError: the images. ArtifactError: the cache.
     """
     targets = tuple(map(parse_target, budget.targets))
-    counted = tuple(target for target in targets if target.quantity != "latency")
-    sites = sites_of(original)
-    now = _costs(original)
-    options = options_for(sites, _methods(budget), include=budget.include, exclude=budget.exclude)
+    tables = _tables(original, budget, targets, calibration, settings)
+    if budget.max_drop is None:
+        found, drop = _chosen(tables, targets), None
+    else:
+        found, drop = _within_drop(tables, original, budget, calibration, settings)
+    wanted = " and ".join(budget.wanted)
+    kept = Rule(match=("*",), reason=f"dense is worth more here, for {wanted}")
+    report = _report(original, budget, found, tables)
+    if drop is not None:
+        report = report.model_copy(update={"drop": drop})
+    return Planned((*rules_of(found.taken), kept), report)
+
+
+class _Tables(NamedTuple):
+    """All that a choice is made from: `options` with what each saves alone, `now` what the network costs."""
+
+    sites: tuple[Site, ...]
+    now: Costs
+    options: list[Option]
+    errors: ErrorTable
+    clock: Clock | None
+
+    def in_company(self) -> list[Option]:
+        """Return the options with the time that each saves in a whole network."""
+        return self.options if self.clock is None else self.clock.scaled(self.options)
+
+
+def _tables(
+    original: Network,
+    budget: Budget,
+    targets: tuple[Target, ...],
+    calibration: Calibrate,
+    settings: Settings,
+) -> _Tables:
+    """Find out what there is to choose from; what can't be met is refused before the dear parts."""
+    quantities = [target.quantity for target in targets] or [budget.minimise]
+    counted = [target for target in targets if target.quantity != "latency"]
+    sites, now, clock = sites_of(original), _costs(original), None
+    methods = _methods(budget)
+    options = options_for(sites, methods, include=budget.include, exclude=budget.exclude)
+    for quantity in quantities:
+        if not worthwhile(options, ["macs" if quantity == "latency" else quantity]):
+            raise RecipeError(
+                f"satisfiable: no; the floor is 100% of the {quantity}: {obstacles(sites, methods)}"
+            )
     check(options, now, counted)
-    clock = None
-    if counted != targets:
-        now, options, clock = _timed(original, sites, options, targets, budget, settings)
-    if all(now[target.quantity] <= target.of(now) for target in targets):
+    if "latency" in quantities:
+        data.open_train(calibration.data)
+        clock = _clock(original, sites, budget, settings)
+        also: list[Quantity] = [target.quantity for target in counted]
+        options = clock.price(worthwhile(options, [*also, "macs"]))
+        now = {**now, "latency": clock.now_ms}
+        check(clock.scaled(options), now, targets)
+    if targets and all(now[target.quantity] <= target.of(now) for target in targets):
         reached = ", ".join(amount(target.quantity, now[target.quantity]) for target in targets)
         raise NothingToConvertError(f"nothing to convert: the network has its targets already ({reached})")
-    options = worthwhile(options, [target.quantity for target in targets])
-    table = with_errors(original, sites, options, calibration, settings)
-    found = _chosen(table.options, now, targets, clock)
-    kept = Rule(match=("*",), reason=f"dense is worth more here, for {' and '.join(budget.targets)}")
-    report = _report(original, sites, budget, found, table, now, clock)
-    return Planned((*rules_of(found.taken), kept), report)
+    options = worthwhile(options, quantities)
+    errors = with_errors(original, sites, options, calibration, settings)
+    return _Tables(sites, now, errors.options, errors, clock)
 
 
 def _methods(budget: Budget) -> list[Method | type[Method]]:
@@ -92,15 +145,7 @@ def _costs(network: Network) -> Costs:
     }
 
 
-def _timed(
-    original: Network,
-    sites: tuple[Site, ...],
-    options: Sequence[Option],
-    targets: Sequence[Target],
-    budget: Budget,
-    settings: Settings,
-) -> tuple[Costs, list[Option], Clock]:
-    """Return the costs with the network's latency, and the options that are faster, with what they save."""
+def _clock(original: Network, sites: tuple[Site, ...], budget: Budget, settings: Settings) -> Clock:
     timing = Timing(
         runtime=budget.runtime,
         device="cuda" if settings.device.startswith("cuda") else "cpu",
@@ -108,50 +153,83 @@ def _timed(
         threads=budget.threads,
         rounds=BENCH_ROUNDS,
     )
-    clock = Clock(original, sites, timing)
-    counted = [target.quantity for target in targets if target.quantity != "latency"]
-    priced = clock.price(worthwhile(options, [*counted, "macs"]))
-    now: Costs = {**_costs(original), "latency": clock.now_ms}
-    check(clock.scaled(priced), now, targets)
-    return now, priced, clock
+    return Clock(original, sites, timing)
 
 
-def _chosen(
-    options: Sequence[Option], now: Costs, targets: Sequence[Target], clock: Clock | None
-) -> Budgeted:
-    """Return the choice; where latency is a target, one that was measured, and made anew where it is off."""
+def _chosen(tables: _Tables, targets: Sequence[Target]) -> Budgeted:
+    """Return the choice; where latency is known, one that was measured, and made anew where it is off."""
+    clock, now = tables.clock, tables.now
     if clock is None:
-        return meet(options, now, targets)
-    priced = {(option.method, option.sites): option for option in options}
+        return meet(tables.options, now, targets)
+    priced = {(option.method, option.sites): option for option in tables.options}
     for _ in range(ROUNDS):
-        found = meet(clock.scaled(options), now, targets)
+        found = meet(clock.scaled(tables.options), now, targets)
         measured = clock.measure([priced[option.method, option.sites] for option in found.taken])
-        if abs(found.costs["latency"] - measured) <= CLOSE * measured:
+        if abs(measured.predicted_ms - measured.measured_ms) <= CLOSE * measured.measured_ms:
             break
+        clock.learn()
     return found
 
 
-def _report(
-    original: Network,
-    sites: tuple[Site, ...],
-    budget: Budget,
-    found: Budgeted,
-    table: ErrorTable,
-    now: Costs,
-    clock: Clock | None,
-) -> PlanReport:
-    options = table.options if clock is None else clock.scaled(table.options)
-    first = parse_target(budget.targets[0]).quantity
+def _within_drop(
+    tables: _Tables, original: Network, budget: Budget, calibration: Calibrate, settings: Settings
+) -> tuple[Budgeted, float]:
+    """Return the cheapest choice that loses at most so many points right after conversion, and what it loses.
+
+    Halves the range between the floor and the network as it is, converting and measuring each time.
+    Raises: RecipeError: no choice loses so little.
+    """
+    assert budget.max_drop is not None
+    assert budget.data is not None
+    measure = partial(_accuracy, data.open_eval(budget.data), settings)
+    before = measure(original)
+    quantity, now = budget.minimise, tables.now
+    low = floor(tables.in_company(), now, quantity).costs[quantity] / now[quantity]
+    high, best = 1.0, None
+    for _ in range(HALVINGS):
+        share = (low + high) / 2
+        found = meet(tables.in_company(), now, (Target(quantity=quantity, share=share),))
+        quiet = replace(settings, say=_nothing)
+        with tempfile.TemporaryDirectory() as folder:
+            rules = rules_of(found.taken)
+            _, converted = convert_network(original, rules, calibration, quiet, fits=Path(folder))
+        drop = before - measure(converted)
+        settings.say(f"{share:.1%} of the {quantity}: {drop:+.2f} points lost")
+        if drop <= budget.max_drop:
+            high, best = share, (found, drop)
+        else:
+            low = share
+    if best is None:
+        raise RecipeError(
+            f"satisfiable: no; {share:.1%} of the {quantity} loses {drop:.2f} points already, before "
+            f"fine-tuning, more than {budget.max_drop:g}; allow more, or give a --target and fine-tune"
+        )
+    return best
+
+
+def _accuracy(split: Split, settings: Settings, network: Network) -> float:
+    batches = eval_batches(split, network.loaded.preprocessing, batch_size=EVAL_BATCH)
+    return evaluate(network.loaded.model, batches, device=settings.device).top1
+
+
+def _nothing(_: str) -> None:
+    """Say nothing: trials are not results."""
+
+
+def _report(original: Network, budget: Budget, found: Budgeted, tables: _Tables) -> PlanReport:
+    options, now, clock = tables.in_company(), tables.now, tables.clock
+    first = parse_target(budget.targets[0]).quantity if budget.targets else budget.minimise
     cheaper, dearer = neighbours(options, now, found, first)
     return PlanReport(
         source=str(original.loaded.source),
         random_weights=original.is_random,
-        targets=budget.targets,
+        targets=budget.wanted,
+        quantity=first,
         now=now,
         then=found.costs,
         error=found.error,
         gap=found.gap,
-        parts=tuple(_part(option, sites, table, clock) for option in found.taken),
+        parts=tuple(_part(option, tables) for option in found.taken),
         frontier=tuple(
             Point(costs=point.costs, error=point.error) for point in frontier(options, now, first)
         ),
@@ -160,12 +238,12 @@ def _report(
         compared=() if clock is None else tuple(clock.compared),
         noisy=clock is not None and clock.noisy,
         timing=None if clock is None else clock.conditions,
-        cost=table.cost,
+        cost=tables.errors.cost,
     )
 
 
-def _part(option: Option, sites: tuple[Site, ...], table: ErrorTable, clock: Clock | None) -> Part:
-    taken = [site for site in sites if site.name in option.sites]
+def _part(option: Option, tables: _Tables) -> Part:
+    taken = [site for site in tables.sites if site.name in option.sites]
     none = Cost(params=0, macs=0)
     return Part(
         method=option.method,
@@ -174,7 +252,7 @@ def _part(option: Option, sites: tuple[Site, ...], table: ErrorTable, clock: Clo
         before=sum((site.cost() for site in taken), none),
         after=sum((site.cost_with(option.method, first=site is taken[0]) for site in taken), none),
         saved=option.saved,
-        ms=None if clock is None else clock.alone_ms(option),
+        ms=None if tables.clock is None else tables.clock.alone_ms(option),
         error=option.error,
-        relative_error=table.relative_errors[option.method, option.sites],
+        relative_error=tables.errors.relative_errors[option.method, option.sites],
     )

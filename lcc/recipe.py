@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from lcc.budget import parse_target
+from lcc.budget import Quantity, parse_target
 from lcc.errors import RecipeError
 from lcc.methods import METHODS, Method, parse_method
 from lcc.plan import Rule
@@ -103,19 +103,37 @@ class Calibrate(Frozen):
 class Budget(Frozen):
     """What the network may cost at most, from which a planner decides: see `lcc.planning`.
 
-    `targets`, all at once: "macs=50%" is what remains, "latency=-40%" the change, "size=5MB" an amount.
+    `targets`, all at once: "macs=50%" is what remains, "latency=-40%" the change, "size=5MB" an amount. Or
+    `max_drop`: as little of `minimise` as loses at most so many points of top-1 on `data` before fine-tuning.
     `methods` to choose from, as on the command line: "linear_mix" is its family, "linear_mix:group_size=8"
     itself; none: every method that is fitted in closed form. `include` and `exclude` are globs over sites.
     Latency is measured in `runtime`, with so many CPU `threads` and images (`batch`).
     """
 
-    targets: Annotated[tuple[str, ...], Field(min_length=1)]
+    targets: tuple[str, ...] = ()
+    max_drop: NotNegative | None = None
+    minimise: Quantity = "macs"
+    data: str | None = None
     methods: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     runtime: Literal["onnx", "torch"] = "onnx"
     threads: Count = 1
     batch: Count = 1
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The targets in words."""
+        drop = () if self.max_drop is None else (f"{self.minimise}, at most {self.max_drop:g} points lost",)
+        return (*self.targets, *drop)
+
+    @model_validator(mode="after")
+    def _one_aim(self) -> Budget:
+        if bool(self.targets) == (self.max_drop is not None):
+            raise ValueError("targets: give targets, or max_drop, one of the two")
+        if (self.max_drop is None) != (self.data is None):
+            raise ValueError("data: max_drop is measured on data; give both or none")
+        return self
 
     @field_validator("targets")
     @classmethod

@@ -80,6 +80,7 @@ class Clock:
                 priced.append(option.model_copy(update={"saved": {**option.saved, "latency": saved}}))
         now: Costs = {"params": 1.0, "macs": 1.0, "size": 1.0, "latency": 1.0}
         self.measure(floor(priced, now, "latency").taken)
+        self.learn()
         return priced
 
     def scaled(self, options: Sequence[Option]) -> list[Option]:
@@ -91,23 +92,26 @@ class Clock:
             for option in options
         ]
 
-    def measure(self, taken: Sequence[Option]) -> float:
-        """Return the milliseconds of the network with priced options taken, and learn from it."""
+    def measure(self, taken: Sequence[Option]) -> Compared:
+        """Return how long the network with priced options taken takes, beside what was predicted."""
         whole = self._whole(rules_of(taken))
         self.now_ms = self.now_ms or whole.before_ms
         self.noisy = self.noisy or whole.noisy
         saved = sum(option.saved["latency"] for option in taken)
-        measured = self.now_ms * whole.ratio
-        self.compared.append(
-            Compared(
-                by_parts_ms=self.now_ms - saved,
-                predicted_ms=self.now_ms - self._scale * saved,
-                measured_ms=measured,
-            )
+        found = Compared(
+            by_parts_ms=self.now_ms - saved,
+            predicted_ms=self.now_ms - self._scale * saved,
+            measured_ms=self.now_ms * whole.ratio,
         )
-        if saved > 0 and measured < self.now_ms:
-            self._scale = (self.now_ms - measured) / saved
-        return measured
+        self.compared.append(found)
+        return found
+
+    def learn(self) -> None:
+        """Scale what layers save alone so that it is right for the network that was measured last."""
+        found = self.compared[-1]
+        alone, together = (self.now_ms - ms for ms in (found.by_parts_ms, found.measured_ms))
+        if alone > 0 and together > 0:
+            self._scale = together / alone
 
     def alone_ms(self, option: Option) -> tuple[float, float]:
         """Return what an option's sites take, each alone, before and after."""

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 
-from lcc.budget import Option, Target, amount, check, floor, frontier, meet, neighbours, parse_target
+from lcc.budget import (
+    Option,
+    Target,
+    amount,
+    check,
+    floor,
+    frontier,
+    meet,
+    neighbours,
+    parse_target,
+    silent_stdout,
+)
 from lcc.errors import RecipeError
 from lcc.methods.linear_mix import LinearMix
 
@@ -111,7 +125,7 @@ def test_targets_that_exclude_each_other_are_refused():
         for quantity in ("params", "macs")
     )
     targets = [Target(quantity="params", limit=200), Target(quantity="macs", limit=4700)]
-    with pytest.raises(RecipeError, match="not at most 200 parameters and at most 4.7k MACs at once"):
+    with pytest.raises(RecipeError, match=r"not at most 200 parameters and at most 4.7k MACs at once"):
         meet(options, NOW, targets)
 
 
@@ -191,3 +205,12 @@ def test_what_is_no_target_is_refused_in_words(text, words):
 )
 def test_an_amount_has_its_unit(quantity, value, text):
     assert amount(quantity, value) == text
+
+
+def test_what_the_solver_prints_stays_out_of_the_standard_output(capfd):
+    sys.stdout.write("before\n")
+    with silent_stdout():
+        ctypes.CDLL(None).puts(b"from C")
+        os.write(1, b"at once")
+    sys.stdout.write("after\n")
+    assert capfd.readouterr().out == "before\nafter\n"
