@@ -1,0 +1,141 @@
+"""`lcc convert` with a planner as a user meets it: what is refused in one line, and what a dry run prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from small_data import idx_data
+
+from lcc.cli import main
+
+NET = ("zoo:cifar_resnet20", "--weights", "none")
+DRY = ("convert", *NET, "--dry-run")
+IMAGES = ("--calibrate", "idx:nowhere")
+TARGET = ("--target", "macs=50%")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def lcc_run(monkeypatch, capsys):
+    """Run `lcc` in this process; give its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lcc", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run
+
+
+def one_line(err):
+    lines = [line for line in err.splitlines() if not line.startswith("note:")]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("lcc: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((*DRY, *TARGET), "--calibrate DATA"),
+        (("convert", *NET, "-o", "out", *TARGET), "--calibrate DATA"),
+        (("convert", *NET, *TARGET, *IMAGES), "-o DIR"),
+        ((*DRY, *IMAGES, "--target", "speed=50%"), "--targets: target speed=50%: 'speed' is none of params"),
+        ((*DRY, *IMAGES, "--target", "macs=50"), "'50' is no amount of it"),
+        ((*DRY, *IMAGES, "--target", "macs=150%"), "150% of what it costs now is no budget"),
+        ((*DRY, *IMAGES, *TARGET, "--target", "size=5M"), "size=5MB an amount"),
+        ((*DRY, *IMAGES, *TARGET, "--method", "linear_mx"), "linear_mx"),
+        ((*DRY, *IMAGES, *TARGET, "--plan", "plan.toml"), "both decide"),
+        ((*DRY, "--plan", "plan.toml"), "plan.toml: no such"),
+        ((*DRY, "--plan", "plan.toml", "--method", "circulant"), "leave --method and globs out"),
+        ((*DRY, "--plan", "plan.toml", "--include", "*"), "leave --method and globs out"),
+        (
+            (*DRY, "--method", "linear_mix", "--method", "circulant"),
+            "several methods at once are for --target",
+        ),
+        ((*DRY, "--save-plan", "plan.toml"), "--save-plan writes what a planner decides"),
+        ((*DRY, "--runtime", "torch"), "--runtime"),
+        ((*DRY, "--batch", "2"), "--batch"),
+        ((*DRY, *IMAGES, *TARGET, "--batch", "0"), "--batch"),
+        ((*DRY, *IMAGES, "--bench-threads", "2"), "--bench-threads"),
+        ((*DRY, *IMAGES, *TARGET), "no such folder as 'nowhere'"),
+        ((*DRY, *IMAGES, "--target", "macs=1%"), "satisfiable: no; the floor is"),
+        ((*DRY, *IMAGES, "--target", "macs=1G"), "has its targets already"),
+        ((*DRY, *IMAGES, *TARGET, "--save-plan", "nowhere/plan.toml"), "nowhere/plan.toml can't be written"),
+    ],
+    ids=lambda value: " ".join(value[4:]) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(lcc_run, monkeypatch, tmp_path, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = lcc_run(*arguments)
+    assert code == 2
+    assert said in one_line(err)
+    assert out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more", [("--dry-run",), ("-o", "out")])
+def test_a_plan_is_not_written_over_what_is_there(lcc_run, monkeypatch, tmp_path, more):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.toml").write_text("mine")
+    code, _, err = lcc_run("convert", *NET, *more, *IMAGES, *TARGET, "--save-plan", "plan.toml")
+    assert code == 2
+    assert "plan.toml exists; --force replaces it" in one_line(err)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
+    assert (tmp_path / "plan.toml").read_text() == "mine"
+
+
+# A few sites and methods of ResNet-20, on small images.
+SMALL = ("--image-size", "8", "--include", "layer3.2.*", "--include", "layer1.0.*", "--method", "linear_mix")
+
+
+@pytest.fixture
+def within(tmp_path):
+    """What makes a plan quickly."""
+    data = idx_data(tmp_path / "data", train=16)
+    return ("convert", *NET, *SMALL, "--calibrate", data, "--images", "16", "--target", "macs=85%")
+
+
+def test_a_dry_run_prints_the_plan_as_json_and_writes_nothing(lcc_run, within, tmp_path):
+    before = set(tmp_path.rglob("*"))
+    code, out, err = lcc_run(*within, "--dry-run", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["targets"] == ["macs=85%"]
+    assert report["then"]["macs"] <= 0.85 * report["now"]["macs"]
+    assert report["then"].keys() == report["now"].keys() == {"params", "macs", "size"}
+    assert report["error"] == pytest.approx(sum(part["error"] for part in report["parts"]))
+    assert [point["error"] for point in report["frontier"]] == sorted(
+        (point["error"] for point in report["frontier"]), reverse=True
+    )
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_prints_tables_and_saves_the_plan_that_convert_then_takes(lcc_run, within, tmp_path):
+    plan, small = tmp_path / "plan.toml", tmp_path / "small"
+    code, out, err = lcc_run(*within, "--dry-run", "--save-plan", plan)
+    assert code == 0, err
+    assert "RANDOM WEIGHTS" in out
+    assert "frontier" in out
+    assert f"--plan {plan} -o DIR" in err
+    code, _, err = lcc_run("convert", *NET, "--image-size", "8", "--plan", plan, "-o", small)
+    assert code == 0, err
+    code, out, err = lcc_run(*within, "-o", tmp_path / "direct", "--json")
+    assert code == 0, err
+    assert "planned for macs=85%" in err
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("small", "direct")]
+    groups = [manifest["plan"]["groups"] for manifest in manifests]
+    assert groups[0] == groups[1] != []
