@@ -353,7 +353,7 @@ def test_a_latency_is_predicted_from_layers_and_put_right_by_a_whole_network(dat
 
 
 def test_what_is_slower_is_never_chosen(data, machine):
-    report = planned(data, "latency=9.5ms")[1]
+    report = planned(data, "latency=9.5ms", "params=55%")[1]  # which a circulant one has least of
     assert report.parts
     for part in report.parts:
         before, after = part.ms
