@@ -29,7 +29,7 @@ def options_for(
     """Return every way of giving methods sites that they can take, and what it saves; errors not yet known.
 
     A class stands for its family. `include` and `exclude` are globs over names. A method that shares takes a
-    whole bank.
+    whole bank. Of bytes only those of parameters count: a block's buffers, some hundredths of them, do not.
     """
     free = [site for site in sites if _is_free(site, include, exclude)]
     wanted: dict[Method, list[Site]] = {}

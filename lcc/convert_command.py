@@ -138,6 +138,14 @@ def convert(
         Path | None,
         typer.Option("--save-plan", metavar="FILE", help="With --target: write the plan, to be edited."),
     ] = None,
+    check_errors: Annotated[
+        bool,
+        typer.Option(
+            "--check-errors",
+            help="With --target and --dry-run: convert every option alone, and say how well the errors "
+            "that the plan rests on were predicted.",
+        ),
+    ] = False,
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
@@ -152,6 +160,8 @@ def convert(
         raise RecipeError("say where to put the result: -o DIR (or --dry-run to write nothing)")
     if isinstance(decision, tuple) and save_plan is not None:
         raise RecipeError("--save-plan writes what a planner decides; give it a --target or a --max-drop")
+    if check_errors and (isinstance(decision, tuple) or not dry_run):
+        raise RecipeError("--check-errors goes with --dry-run and a --target or a --max-drop")
     if not isinstance(decision, tuple) and calibration is None:
         raise RecipeError("a planner needs --calibrate DATA: only images show what harms least; no labels")
     if out is not None and not dry_run:
@@ -162,5 +172,7 @@ def convert(
     elif isinstance(decision, tuple):
         print_inspection(pipeline.plan(part, decision, settings, calibration=calibration), as_json=as_json)
     elif calibration is not None:
-        planned = pipeline.budget(part, decision, calibration, settings, save_plan=save_plan)
+        planned = pipeline.budget(
+            part, decision, calibration, settings, save_plan=save_plan, check_errors=check_errors
+        )
         print_plan(planned.report, as_json=as_json)

@@ -64,13 +64,17 @@ def budget(
     settings: Settings,
     *,
     save_plan: Path | None = None,
+    check_errors: bool = False,
 ) -> Planned:
     """Return the rules that keep a network within a budget with the least harm, and why these.
 
+    `check_errors`: find out, too, how good the predictions are that the choice rests on.
     Raises: as `lcc.planning.plan_within`; ArtifactError: `save_plan`, where the rules are to go.
     """
     _check_plan_file(save_plan, settings)
-    return _planned(_open_first(part, settings), wanted, calibration, settings, save_plan)
+    original = _open_first(part, settings)
+    planned = plan_within(original, wanted, calibration, settings, check_errors=check_errors)
+    return _saved_plan(planned, save_plan, settings)
 
 
 def convert(
@@ -393,18 +397,15 @@ def _rules(
         return decision
     if calibration is None:
         raise RecipeError("a budget needs images to calibrate on: only they show what harms least")
-    planned = _planned(original, decision, calibration, settings, save_plan)
+    planned = _saved_plan(plan_within(original, decision, calibration, settings), save_plan, settings)
     settings.say(plan_line(planned.report))
     return planned.rules
 
 
-def _planned(
-    original: Network, wanted: Budget, calibration: Calibrate, settings: Settings, save_plan: Path | None
-) -> Planned:
-    planned = plan_within(original, wanted, calibration, settings)
-    if save_plan is not None:
-        save_plan.write_text(rules_text(planned.rules, planned.report), encoding="utf-8")
-        settings.say(f"wrote {save_plan}; edit it, then: lcc convert SOURCE --plan {save_plan} -o DIR")
+def _saved_plan(planned: Planned, path: Path | None, settings: Settings) -> Planned:
+    if path is not None:
+        path.write_text(rules_text(planned.rules, planned.report), encoding="utf-8")
+        settings.say(f"wrote {path}; edit it, then: lcc convert SOURCE --plan {path} -o DIR")
     return planned
 
 

@@ -73,6 +73,7 @@ class PlanReport(Frozen):
     noisy: bool = False
     timing: str | None = None
     cost: str
+    checked: str | None = None
 
 
 def changes(found: Budgeted, other: Budgeted, now: Costs, quantity: Quantity) -> str:
@@ -197,6 +198,8 @@ def _notes(report: PlanReport) -> Iterator[str]:
     yield f"next cheaper: {report.cheaper or 'none, this is the floor'}"
     yield f"next dearer: {report.dearer or 'none, this is without error'}"
     yield report.cost
+    if report.checked is not None:
+        yield report.checked
 
 
 def _frontier_sheet(report: PlanReport) -> Sheet:

@@ -57,7 +57,8 @@ def damages(
 ) -> Damages:
     """Return what every option, a method and the sites that it takes, does on images (N, C, H, W).
 
-    The model is left in eval mode. `on_done` is called with the number of options fitted so far.
+    Labels are drawn, so that a prediction has a spread of its own: some percent where images are few. The
+    model is left in eval mode. `on_done` is called with the number of options fitted so far.
     """
     model.eval()
     parts = [part.to(device_of(model)) for part in images.split(CHUNK)]

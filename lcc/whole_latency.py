@@ -26,7 +26,7 @@ from lcc.specs import Frozen
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from lcc.budget import Costs, Option
+    from lcc.budget import Option
     from lcc.latency_table import LatencyTable, Timing
     from lcc.methods import Method
     from lcc.network import Network
@@ -63,23 +63,22 @@ class Clock:
         self._original_file: bytes | None = None
 
     def price(self, options: Sequence[Option]) -> list[Option]:
-        """Return the options that are faster than what they replace, with the time that each saves alone.
+        """Return the options that are not slower than what they replace, with the time that each saves alone.
 
         Measures the network that would be fastest, which gives `now_ms` and the scale of savings.
         Raises: RecipeError: the device. ArtifactError: the cache. CheckFailedError: the export.
         """
         wanted: dict[Place, list[Method]] = {}
         for option in options:
-            for place in self._places(option.sites):
+            for place in self._places(option.sites) if option.saved["macs"] else ():
                 wanted.setdefault(place, []).append(option.method)
         self._table = measure_latencies(wanted, self.timing, cache=cache_folder())
         priced = []
         for option in options:
             saved = self._saved_ms(option)
-            if saved is not None and saved > 0:
+            if saved is not None and (saved > 0 or option.saved["macs"] == 0):
                 priced.append(option.model_copy(update={"saved": {**option.saved, "latency": saved}}))
-        now: Costs = {"params": 1.0, "macs": 1.0, "size": 1.0, "latency": 1.0}
-        self.measure(floor(priced, now, "latency").taken)
+        self.measure(floor(priced, {"latency": 1.0}, "latency").taken)
         self.learn()
         return priced
 
@@ -113,8 +112,10 @@ class Clock:
         if alone > 0 and together > 0:
             self._scale = together / alone
 
-    def alone_ms(self, option: Option) -> tuple[float, float]:
-        """Return what an option's sites take, each alone, before and after."""
+    def alone_ms(self, option: Option) -> tuple[float, float] | None:
+        """Return what an option's sites take, each alone, before and after; None: it changes no time."""
+        if option.saved["macs"] == 0:
+            return None
         pairs = [
             (self._table[place][None].median_ms, self._table[place][option.method].median_ms)
             for place in self._places(option.sites)
@@ -131,11 +132,13 @@ class Clock:
         ]
 
     def _saved_ms(self, option: Option) -> float | None:
+        if option.saved["macs"] == 0:  # a shared kernel: the same layers run
+            return 0.0
         timed = [self._table[place] for place in self._places(option.sites)]
         if not all(option.method in rivals and None in rivals for rivals in timed):
             return None
-        before, after = self.alone_ms(option)
-        return before - after
+        alone = self.alone_ms(option)
+        return None if alone is None else alone[0] - alone[1]
 
     def _whole(self, rules: tuple[Rule, ...]) -> Whole:
         if rules not in self._known:

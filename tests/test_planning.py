@@ -356,6 +356,9 @@ def test_what_is_slower_is_never_chosen(data, machine):
     report = planned(data, "latency=9.5ms", "params=55%")[1]  # which a circulant one has least of
     assert report.parts
     for part in report.parts:
+        if part.ms is None:
+            assert part.before.macs == part.after.macs  # a shared kernel: the same layers run
+            continue
         before, after = part.ms
         assert after < before
         assert part.method != SLOW

@@ -1,0 +1,69 @@
+"""Whether predicted errors can be trusted: every option is really taken, alone, and outputs compared."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from scipy.stats import spearmanr
+from torch.nn import functional as F
+
+from lcc import calibrate, data, models, progress, surgery
+from lcc.evaluation import pick_device, placed
+from lcc.plan import make_plan
+from lcc.whole_latency import rules_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor, nn
+
+    from lcc.budget import Option
+    from lcc.network import Network
+    from lcc.plan import Site
+    from lcc.recipe import Calibrate
+    from lcc.settings import Settings
+
+CHUNK = 256  # images at a time
+
+
+def checked_errors(
+    network: Network,
+    sites: tuple[Site, ...],
+    options: Sequence[Option],
+    calibration: Calibrate,
+    settings: Settings,
+) -> str:
+    """Return in words how the options' predicted errors rank beside true ones.
+
+    Each option is converted alone, on the calibration's images; the truth is the Kullback-Leibler divergence
+    of the predictions on as many other images, in nats.
+    """
+    preprocessing = network.loaded.preprocessing
+    images = data.images(calibration.data, preprocessing, 2 * calibration.images, calibration.seed)
+    fitted, held_out = images[: calibration.images], images[calibration.images :]
+    device = pick_device(settings.device)
+    model = network.loaded.model.eval()
+    true = []
+    with placed(model, device), progress.bar("check errors", len(options)) as tick:
+        wanted = _log_probabilities(model, held_out.to(device))
+        for done, option in enumerate(options, 1):
+            converted = copy.deepcopy(model)
+            with models.seeded(calibration.seed):
+                originals = surgery.replace_(converted, make_plan(sites, rules_of([option])))
+            converted.to(device)
+            calibrate.calibrate_(converted, originals, sites, fitted)
+            got = _log_probabilities(converted, held_out.to(device))
+            true.append(float((wanted.exp() * (wanted - got)).sum(1).mean()))
+            tick(done)
+    rank = float(spearmanr([option.error for option in options], true).statistic)
+    return (
+        f"predicted errors of {len(options)} options beside true ones, each converted alone, on "
+        f"{len(held_out)} other images: rank correlation {rank:.3f}"
+    )
+
+
+@torch.no_grad()
+def _log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([F.log_softmax(model(part).double(), dim=1) for part in images.split(CHUNK)])
