@@ -129,7 +129,7 @@ def finetune(
     network = settings.open(part)
     before = original_of(network, trust_code=settings.trust_code) if network.plan.groups else None
     master = settings.open(teacher) if teacher is not None else None
-    if master is None and network.plan.groups and options.distill > 0:
+    if master is None and network.plan.groups and (options.distill > 0 or options.features > 0):
         master = original_teacher(network, settings)
     split = data.open_eval(options.data, val_split=options.val_split, seed=options.seed)
     start = None if network.is_random else _accuracy(network, split, settings)

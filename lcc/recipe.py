@@ -37,7 +37,8 @@ class Finetune(Frozen):
     `warmup` the share of all steps spent rising to it; "step" multiplies it by `decay_rate` every
     `decay_epochs` epochs, counted from the start; `decay_norms`: weight decay on biases and norms too;
     `ema` is the decay of a moving average of the weights, which then is the result.
-    Distillation: the loss is (1 - distill) * labels + distill * KL to the teacher at `temperature`.
+    Distillation: the loss is (1 - distill) * labels + distill * KL to the teacher at `temperature`, plus
+    `features` times how far the converted sites' outputs are from the teacher's, see `lcc.features`.
     Augmentation: `crop` "pad" is a crop shifted by up to 4 pixels, "resize" a random resized crop with areas
     in `crop_scale`, "auto" the first up to 64 pixels and the second above; `auto_augment` is timm's policy
     string; `mixup` and `cutmix` are the alphas of their beta distributions.
@@ -62,6 +63,7 @@ class Finetune(Frozen):
     ema: Share | None = None
     distill: Share = 0.5
     temperature: Positive = 4.0
+    features: NotNegative = 0.0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     crop: Literal["auto", "pad", "resize", "none"] = "auto"
     crop_scale: tuple[Share, Share] = (0.08, 1.0)

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from lcc.augment import mixed_bits
 from lcc.errors import RecipeError, TrainingError
+from lcc.features import distance, watched
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from lcc.data import Preprocessing
     from lcc.recipe import Finetune
@@ -57,13 +58,16 @@ class Teacher:
 class Stepper:
     """Trains `model` one batch at a time; `take(step, ...)` depends on the state and its arguments alone."""
 
-    def __init__(self, model: nn.Module, options: Finetune, steps: int, classes: int) -> None:
+    def __init__(
+        self, model: nn.Module, options: Finetune, steps: int, classes: int, sites: Sequence[str] = ()
+    ) -> None:
         from timm.utils.model_ema import ModelEmaV3
 
         self.model = model
         self.options = options
         self.classes = classes
         self.teacher: Teacher | None = None
+        self.sites = sites if options.features > 0 else ()  # where features are compared
         self.accelerator = _accelerator(next(model.parameters()).device, options.precision)
         bare = _optimizer(model, options)
         self.schedule = _schedule(bare, options, steps)
@@ -90,10 +94,16 @@ class Stepper:
         targets = y
         if self.mix is not None:
             x, targets = self.mix(x, y)
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), watched(self.model, self.sites) as own:
             logits = self.model(x)
-            taught = None if self.teacher is None else self.teacher(x)
-        loss = self._loss(logits.float(), targets, taught)
+        if self.teacher is None:
+            loss = self._loss(logits.float(), targets, None)
+        else:
+            with self.accelerator.autocast(), watched(self.teacher.model, self.sites) as theirs:
+                taught = self.teacher(x)
+            loss = self._loss(logits.float(), targets, taught)
+            if self.sites:
+                loss = loss + self.options.features * distance(own, theirs)
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         if self.options.clip_norm is not None:

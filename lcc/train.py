@@ -25,12 +25,13 @@ from lcc.batches import eval_batches, train_batches
 from lcc.data import open_eval, open_train, refuse_other_classes
 from lcc.errors import InterruptedRunError, TrainingError
 from lcc.evaluation import Accuracy, accuracy_on, count_outputs, device_of, mode, pick_device, placed
+from lcc.features import check_sites
 from lcc.interrupts import signals
 from lcc.specs import Frozen
 from lcc.steps import Stepper, Teacher
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -82,6 +83,7 @@ def finetune(
     *,
     teacher: nn.Module | None = None,
     teacher_preprocessing: Preprocessing | None = None,
+    sites: Sequence[str] = (),
     checkpoint_dir: Path | None = None,
     resume: bool = False,
     device: str = "auto",
@@ -91,8 +93,9 @@ def finetune(
 ) -> TrainResult:
     """Train `model` in place, and leave it in eval mode on the device where it was.
 
-    `teacher_preprocessing` None: the model's. `resume` goes on from the newest checkpoint, or starts if there
-    is none. `workers` changes only the speed; `shown` None: a progress bar on a terminal; `say` takes notes.
+    `teacher_preprocessing` None: the model's. `sites` names the modules whose outputs `options.features`
+    compares. `resume` goes on from the newest checkpoint, or starts if there is none. `workers` changes only
+    the speed; `shown` None: a progress bar on a terminal; `say` takes notes.
     Raises: TrainingError: the loss is not finite, no memory, a checkpoint that doesn't fit;
     InterruptedRunError: stopped by a signal, after a checkpoint; DataError; RecipeError.
     """
@@ -101,7 +104,10 @@ def finetune(
     train = open_train(options.data, val_split=options.val_split, seed=options.seed)
     held_out = open_eval(options.data, val_split=options.val_split, seed=options.seed)
     refuse_other_classes(train, held_out)
-    expert = nn.Identity() if teacher is None or options.distill == 0 else teacher
+    taught = teacher is not None and (options.distill > 0 or options.features > 0)
+    expert = teacher if teacher is not None and taught else nn.Identity()
+    if options.features > 0:
+        check_sites(expert, sites)
     with (
         placed(model, target, channels_last=options.channels_last),
         placed(expert, target),
@@ -113,7 +119,7 @@ def finetune(
         first = 0 if start is None else int(start["step"])
         stream = train_batches(train, preprocessing, options, start=first, workers=workers)
         evaluation = eval_batches(held_out, preprocessing, batch_size=2 * options.batch_size, workers=workers)
-        run = _Run(model, stream, evaluation, options, say)
+        run = _Run(model, stream, evaluation, options, say, sites)
         if expert is teacher:
             run.learn_from(teacher, teacher_preprocessing or preprocessing)
         if start is not None:
@@ -134,6 +140,7 @@ class _Run:
         evaluation: Batches,
         options: Finetune,
         say: Callable[[str], None],
+        sites: Sequence[str],
     ) -> None:
         self.device = device_of(model)
         self.stream = stream
@@ -143,7 +150,7 @@ class _Run:
         self.steps_per_epoch = len(stream.split) // options.batch_size
         self.steps = options.epochs * self.steps_per_epoch
         classes = count_outputs(model, stream)
-        self.stepper = Stepper(model, options, self.steps, classes)
+        self.stepper = Stepper(model, options, self.steps, classes, sites)
         self.step = 0
         self.sums = torch.zeros(2, device=self.device)  # of this epoch: loss per step, right guesses
         self.seconds = 0.0  # of this epoch, training only

@@ -36,9 +36,9 @@ def train_network(
 
     Raises: what `lcc.train.finetune` raises.
     """
-    if teacher is None and options.distill > 0:
+    if teacher is None and (options.distill > 0 or options.features > 0):
         settings.say("note: no teacher, so the labels alone are learnt from")
-        options = options.model_copy(update={"distill": 0.0})
+        options = options.model_copy(update={"distill": 0.0, "features": 0.0})
     model = copy.deepcopy(network.loaded.model)
     class_names = network.loaded.class_names or data.open_train(options.data).class_names
     result = train.finetune(
@@ -47,6 +47,7 @@ def train_network(
         options,
         teacher=teacher.loaded.model if teacher else None,
         teacher_preprocessing=teacher.loaded.preprocessing if teacher else None,
+        sites=tuple(network.plan.methods()),
         checkpoint_dir=checkpoints_of(directory),
         resume=resume,
         device=settings.device,
