@@ -229,7 +229,7 @@ def _choose(site: Site, rules: tuple[Rule, ...]) -> _Choice:
             return _Choice(site, number, method, is_decision=True, spelled_out=spelled_out)
         if spelled_out:
             raise RecipeError(_refusal(site, method, reason))
-        if site.kind in method.kinds - method.by_name_only:
+        if site.kind in method.takes - method.by_name_only:
             return _Choice(site, number, reason=reason)
         passed_over = passed_over or reason
     return _Choice(site, reason=passed_over or site.obstacle or NO_RULE)

@@ -125,10 +125,11 @@ class StepSpec(Frozen):
     sees the input, or less where S pools first, and gives a map of the output's size.
     `convs` are F's convolutions in order of call, `squeeze` those (and linear layers) that see a map pooled
     to 1x1 (squeeze-and-excitation). `in_a_row`: each sees what the one before it gave, and nothing else.
-    `norm_params` counts what its normalisations store. `activation` is the first one inside F, if it is one
-    of those with a name, `post` the one after the sum. `pre_norm`: F starts with its normalisation
-    (pre-activation). `norm_eps` and `norm_momentum` are the first normalisation's. `drop_path` is the rate of
-    its stochastic depth. Where nothing can take the step, `convs` is what was seen of it.
+    `norm_params` counts what its normalisations store, `batch_norms`: they are BatchNorms. `activation` is
+    the first one inside F, if it is one of those with a name, `post` the one after the sum. `pre_norm`: F
+    starts with its normalisation (pre-activation). `norm_eps` and `norm_momentum` are the first
+    normalisation's. `drop_path` is the rate of its stochastic depth. Where nothing can take the step, `convs`
+    is what was seen of it.
     """
 
     channels: int
@@ -136,6 +137,7 @@ class StepSpec(Frozen):
     squeeze: tuple[ConvSpec, ...] = ()
     in_a_row: bool = True
     norm_params: int = 0
+    batch_norms: bool = True
     activation: Activation | None = "relu"
     post: Activation | None = None
     pre_norm: bool = False

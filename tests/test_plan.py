@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from lcc.errors import NothingToConvertError, RecipeError
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.mgic import Mgic
 from lcc.methods.reaction_diffusion import RdExplicit
 from lcc.methods.shared import Shared
 from lcc.plan import DENSE_BY_RULE, NO_RULE, Group, Kept, Plan, Rule, Site, make_plan, rules_for
@@ -374,6 +375,17 @@ def test_a_rule_passes_over_kinds_that_its_method_does_not_take():
 def test_a_rule_passes_over_convolutions_that_it_does_not_spell_out():
     plan = plan_of(rule("*", method=RD), rule("*", method=DEPTHWISE), sites=(*NESTED, site("last")))
     assert converted(plan) == {"a": "rd_explicit", "b": "rd_explicit", "last": "linear_mix"}
+
+
+@pytest.mark.parametrize("form", ["block", "conv"])
+def test_a_rule_passes_over_kinds_that_its_method_is_set_not_to_take(form):
+    mgic = Mgic(form=form, group_size=8, coarsest=8)
+    other = DEPTHWISE if form == "block" else RD
+    sites = (*NESTED, site("last", 64, padding=(1, 1)))
+    plan = plan_of(rule("*", method=mgic), rule("*", method=other), sites=sites)
+    assert ("last" if form == "block" else "b") in {
+        name for name, method in plan.methods().items() if method == other
+    }
 
 
 def test_a_step_whose_convolutions_an_earlier_rule_converts_is_kept():

@@ -200,6 +200,11 @@ class Method(Frozen, ABC):
     fits_slowly: ClassVar[bool] = False  # by training on activations instead of a closed form
     shares: ClassVar[bool] = False  # a plan's group of it is one bank: operators that have weights in common
 
+    @property
+    def takes(self) -> frozenset[SiteKind]:
+        """The kinds of sites that this configuration is about; what others are is for other rules to say."""
+        return self.kinds
+
     @abstractmethod
     def why_not(self, spec: Spec) -> str | None:
         """Return in words why this can't stand in for `spec`; None if it can."""

@@ -49,6 +49,16 @@ class Mgic(Method):
         description="block form: the released second skip, BatchNorm after R, rounded squeezes, early relu",
     )
 
+    @property
+    def takes(self) -> frozenset[SiteKind]:
+        """The kinds of sites that `form` and `transitions` are about."""
+        found: set[SiteKind] = set()
+        if self.form != "block":
+            found.add("conv")
+        if self.form != "conv":
+            found |= {"step", "transition"} if self.transitions else {"step"}
+        return frozenset(found)
+
     @classmethod
     def family(cls, spec: Spec) -> tuple[Self, ...]:
         """Return the configurations that a planner tries."""

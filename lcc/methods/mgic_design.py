@@ -72,6 +72,8 @@ def why_no_design(spec: StepSpec, coarsest: int) -> str | None:
     normed, more = (2 * sum(c.out_channels for c in convs) for convs in (spec.convs, spec.shortcut))
     if spec.norm_params not in (normed, normed + more):
         return "does not have one normalisation after each convolution"
+    if not spec.batch_norms:
+        return "its normalisations are no BatchNorms, and a block's are"
     if spec.activation is None and len(spec.convs) > 1:
         return "its activation is none of those with a name"
     return _why_not_convs(spec) or _why_not_squeeze(spec) or why_no_levels(*_halved(spec, coarsest))
