@@ -110,11 +110,17 @@ def replace_(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 
 
 def _tie_(method: Method, operators: list[LowCostOp], sites: tuple[str, ...]) -> None:
-    """Let a bank hold its weights once. Raises: RecipeError: its convolutions are not all of one shape."""
+    """Let a bank hold its weights once, trained if one of its sites was.
+
+    Raises: RecipeError: its convolutions are not all of one shape.
+    """
     odd = next((i for i, operator in enumerate(operators) if operator.spec != operators[0].spec), None)
     if odd is not None:
         raise RecipeError(f"the plan shares one kernel between {sites[0]!r} and {sites[odd]!r}, which differ")
+    trained = any(parameter.requires_grad for op in operators for parameter in op.parameters())
     method.tie_(operators)
+    for parameter in set(operators[0].parameters()) & set(operators[-1].parameters()):
+        parameter.requires_grad_(trained)
 
 
 def _replaceable(

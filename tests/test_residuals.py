@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -17,6 +18,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from lcc.counts import count_macs
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.mgic import Mgic
 from lcc.residuals import blocks_among, residual_step
 from lcc.skips import shortcut_convs
 from lcc.specs import Activation, ConvSpec, Size, StepSpec
@@ -829,3 +831,12 @@ def test_a_cifar_block_is_described_as_any_basic_block():
 def test_frozen_norms_store_nothing():
     spec = residual_step(Block(4, norm=FrozenBatchNorm2d)).spec
     assert (spec.norm_params, spec.params) == (0, 2 * 9 * 16)
+
+
+@pytest.mark.parametrize(("norm", "kept"), [(nn.BatchNorm2d, True), (partial(nn.GroupNorm, 2), False)])
+def test_a_block_says_whether_its_norms_are_batch_norms(norm, kept):
+    step = residual_step(Adds(branch=two_convs(64, norm)).double().eval())
+    assert step.spec.batch_norms == kept
+    refusal = Mgic(group_size=8, coarsest=8).why_not(step.spec)
+    assert (refusal is None) == kept
+    assert kept or "no BatchNorms" in refusal

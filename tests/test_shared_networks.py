@@ -180,3 +180,17 @@ def test_the_files_of_a_converted_resnet18_are_as_large_as_its_numbers(kind, tmp
     artifact.save(loaded, tmp_path / "net", plan=plan)
     assert exported.size_bytes == pytest.approx(needed, rel=0.05)
     assert (tmp_path / "net" / "model.safetensors").stat().st_size == pytest.approx(needed, rel=0.05)
+
+
+@pytest.mark.parametrize("frozen", [("first",), ("last",), ("first", "last")])
+def test_a_shared_kernel_is_trained_if_one_of_its_sites_was(frozen):
+    loaded = models.load("zoo:cifar_resnet20", weights="none")
+    sites = find_sites(loaded.model, photos(1, 32).float())
+    plan = make_plan(sites, rules_for(Shared(align=False), ("layer3.1.*",)))
+    (names,) = (group.sites for group in plan.groups)
+    assert len(names) == 2
+    for which in frozen:
+        loaded.model.get_submodule(names[0 if which == "first" else -1]).requires_grad_(requires_grad=False)
+    replace_(loaded.model, plan)
+    kernels = {loaded.model.get_submodule(name).kernel.weight for name in names}
+    assert [kernel.requires_grad for kernel in kernels] == [len(frozen) == 1]
