@@ -205,12 +205,12 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Do all that a recipe says: load, convert, calibrate, fine-tune, evaluate, export, report."""
-    from lcc import pipeline
     from lcc import recipe as recipes
+    from lcc import whole_run
     from lcc.comparison import BenchOptions
 
     overrides = tuple(set_ or ())
-    report = pipeline.run(
+    report = whole_run.run(
         recipes.load(recipe, overrides),
         recipes.text_with(recipe, overrides),
         out or Path(recipe.stem),
@@ -231,9 +231,9 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Do the whole job on bundled data: convert, fine-tune, report, export, check. Two minutes."""
-    from lcc import pipeline
+    from lcc import whole_run
 
-    report = pipeline.demo(out, replace(settings, device="cpu", force=True))
+    report = whole_run.demo(out, replace(settings, device="cpu", force=True))
     print_report(report, form_of(as_json=as_json))
 
 

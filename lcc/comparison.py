@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lcc.batches import eval_batches
 from lcc.counts import count_macs, fvcore_macs
 from lcc.errors import RecipeError
-from lcc.evaluation import Accuracy
+from lcc.evaluation import Accuracy, evaluate
 from lcc.export import to_onnx
 from lcc.manifest import versions
 from lcc.measure import Bench, bench_layers, bench_onnx, bench_torch
@@ -20,6 +21,7 @@ from lcc.report import ModelRow, Report
 from lcc.specs import kind_of
 
 if TYPE_CHECKING:
+    from lcc.data import Split
     from lcc.measure import Conditions
     from lcc.network import Network
     from lcc.onnx_runtime import Device
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from lcc.settings import Settings
     from lcc.sweep import Sweep
     from lcc.sweep_axes import SweepOptions
+
+
+EVAL_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,14 @@ def known_accuracy(network: Network) -> tuple[Accuracy | None, str | None]:
         if event.changed_weights:
             break
     return None, None
+
+
+def measured_accuracy(
+    network: Network, split: Split, settings: Settings, *, batch_size: int = EVAL_BATCH
+) -> Accuracy:
+    """Return the accuracy of a network on some images."""
+    batches = eval_batches(split, network.loaded.preprocessing, batch_size=batch_size)
+    return evaluate(network.loaded.model, batches, device=settings.device, shown=None)
 
 
 def on_data(text: str, part: str) -> str:

@@ -18,8 +18,8 @@ from lcc.errors import ArtifactError
 from lcc.methods import Fit
 from lcc.models import Preprocessing, Source
 from lcc.plan import Plan
-from lcc.recipe import in_words
 from lcc.specs import Frozen
+from lcc.validation import in_words
 
 FORMAT = "lcc/1"
 PACKAGES = ("torch", "torchvision", "timm")

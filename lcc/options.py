@@ -214,7 +214,7 @@ def checked(kind: type[Options], **given: Any) -> Options:
     """Return options as the value they make. Raises: RecipeError: names the option that is out of bounds."""
     from pydantic import ValidationError
 
-    from lcc.recipe import in_words
+    from lcc.validation import in_words
 
     try:
         return kind(**given)

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcc import artifact, data, fit_store
-from lcc import recipe as recipes
-from lcc.batches import eval_batches
-from lcc.comparison import BenchOptions, cross_checks, known_accuracy, on_data, plain_report, timed_report
+from lcc.comparison import (
+    EVAL_BATCH,
+    BenchOptions,
+    cross_checks,
+    known_accuracy,
+    measured_accuracy,
+    on_data,
+    plain_report,
+    timed_report,
+)
 from lcc.conversion import convert_network, planned
 from lcc.directory import WEIGHTS
 from lcc.errors import ArtifactError, RecipeError
-from lcc.evaluation import Accuracy
-from lcc.evaluation import evaluate as measure_accuracy
 from lcc.export import Exported, check_file, to_onnx
 from lcc.inspection import Inspection, inspection
 from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.network import Network, original_of, sites_of
 from lcc.plan_report import plan_line, rules_text
 from lcc.planning import plan_within
-from lcc.recipe import Budget, Calibrate, Finetune, ModelPart, Recipe
+from lcc.recipe import Budget, Calibrate, Finetune, ModelPart
 from lcc.settings import Settings, checkpoints_of, fits_of
 from lcc.specs import Cost
-from lcc.tables import report_sheets, to_markdown
 from lcc.tuning import original_teacher, train_network
 
 if TYPE_CHECKING:
-    from lcc.data import Split
+    from lcc.evaluation import Accuracy
     from lcc.methods import Method
     from lcc.plan import Plan, Rule, Site
     from lcc.planning import Planned
-    from lcc.report import ModelRow, Report
-
-DEMO = Path(__file__).parent / "demo"
-EVAL_BATCH = 256
+    from lcc.report import Report
 
 
 def inspect(part: ModelPart, method: Method, settings: Settings) -> Inspection:
@@ -72,7 +72,7 @@ def budget(
     Raises: as `lcc.planning.plan_within`; ArtifactError: `save_plan`, where the rules are to go.
     """
     _check_plan_file(save_plan, settings)
-    original = _open_first(part, settings)
+    original = open_first(part, settings)
     planned = plan_within(original, wanted, calibration, settings, check_errors=check_errors)
     return _saved_plan(planned, save_plan, settings)
 
@@ -94,11 +94,11 @@ def convert(
     """
     artifact.check_target(directory, force=settings.force)
     _check_plan_file(save_plan, settings)
-    original = _open_first(part, settings)
-    rules = _rules(original, decision, calibration, settings, save_plan)
+    original = open_first(part, settings)
+    rules = decided(original, decision, calibration, settings, save_plan)
     fits = fits_of(directory)
     sites, converted = convert_network(original, rules, calibration, settings, fits=fits, resume=resume)
-    converted = _saved(converted, directory, settings).but(name=directory.name)
+    converted = saved(converted, directory, settings).but(name=directory.name)
     fit_store.discard(fits)
     settings.say(f"wrote {directory}; next: lcc finetune {directory} --data DATA")
     return plain_report((original.row(), converted.row(sites=sites)))
@@ -132,13 +132,13 @@ def finetune(
     if master is None and network.plan.groups and (options.distill > 0 or options.features > 0):
         master = original_teacher(network, settings)
     split = data.open_eval(options.data, val_split=options.val_split, seed=options.seed)
-    start = None if network.is_random else _accuracy(network, split, settings)
+    start = None if network.is_random else measured_accuracy(network, split, settings)
     if start is not None:
         settings.say(f"before fine-tuning: {start}")
     trained, result = train_network(
         network, options, master, directory, settings, resume=resume, workers=workers
     )
-    trained = _saved(trained, directory, settings)
+    trained = saved(trained, directory, settings)
     shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
     if start is not None and result.accuracy.top1 < start.top1:
         settings.say(
@@ -168,7 +168,7 @@ def teacher_part(teacher: str, student: ModelPart) -> ModelPart:
 def evaluate(part: ModelPart, text: str, settings: Settings, *, batch_size: int = EVAL_BATCH) -> Accuracy:
     """Return the accuracy of a network on val/, else test/, of a data set."""
     network = settings.open(part)
-    return _accuracy(network, data.open_eval(text), settings, batch_size=batch_size)
+    return measured_accuracy(network, data.open_eval(text), settings, batch_size=batch_size)
 
 
 def export(
@@ -210,7 +210,10 @@ def report(
         if split is None:
             accuracy, measured_on = known_accuracy(network)
         else:
-            accuracy, measured_on = _accuracy(network, split, settings), on_data(split.text, split.name)
+            accuracy, measured_on = (
+                measured_accuracy(network, split, settings),
+                on_data(split.text, split.name),
+            )
         sites = sites_of(original_of(network, trust_code=settings.trust_code)) if network.plan.groups else ()
         rows.append(network.row(accuracy=accuracy, data=measured_on, sites=sites))
     if all(network.plan.groups for network in networks):
@@ -218,128 +221,6 @@ def report(
         rows.insert(0, networks[0].row())
     timed = timed_report(tuple(rows), tuple(networks), options, settings)
     return timed.model_copy(update={"notes": (*timed.notes, *cross_checks(networks))})
-
-
-def run(
-    recipe: Recipe,
-    text: str,
-    directory: Path,
-    settings: Settings,
-    *,
-    resume: bool = False,
-    workers: int | None = None,
-    options: BenchOptions | None = None,
-) -> Report:
-    """Do all that a recipe says, in order, and report every stage; `text` is the recipe as given.
-
-    The result is the lcc directory, and DIR.onnx where the recipe exports. Raises: what the stages raise.
-    """
-    artifact.check_target(directory, force=settings.force)
-    if recipe.export is not None:
-        check_file(onnx_beside(directory), force=settings.force)
-    stages = _Stages(recipe, settings)
-    original = _open_first(recipe.model, settings)
-    stages.add(original)
-    network = original
-    sites: tuple[Site, ...] = ()
-    rules = _rules(original, recipe.budget or recipe.convert, recipe.calibrate, settings)
-    if rules:
-        sites, network = convert_network(
-            original, rules, recipe.calibrate, settings, fits=fits_of(directory), resume=resume
-        )
-        network = network.but(name="converted")
-        stages.add(network, sites)
-    if recipe.finetune is not None:
-        teacher = _recipe_teacher(recipe, original, settings)
-        network, result = train_network(
-            network, recipe.finetune, teacher, directory, settings, resume=resume, workers=workers
-        )
-        network = network.but(name="fine-tuned")
-    network = _saved(network, directory, settings, recipe=text)
-    fit_store.discard(fits_of(directory))
-    if recipe.finetune is not None:
-        shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
-        stages.add(network, sites, accuracy=None if recipe.eval else result.accuracy)
-    else:
-        stages.rows[-1] = stages.rows[-1].model_copy(update={"size_bytes": network.size_bytes})
-    notes: tuple[str, ...] = ()
-    if recipe.export is not None:
-        chosen = recipe.export
-        notes = exported_lines(
-            to_onnx(
-                network.loaded,
-                onnx_beside(directory),
-                network.plan,
-                half=chosen.half,
-                opset=chosen.opset,
-                lowering_tolerance=chosen.lowering_tolerance,
-            )
-        )
-    untimed = "converted" if recipe.finetune is not None else None
-    report = timed_report(tuple(stages.rows), tuple(stages.networks), options, settings, untimed=untimed)
-    return report.model_copy(update={"notes": (*report.notes, *notes)})
-
-
-class _Stages:
-    """The networks of a run, each with its line of the report; only the last one keeps its layers."""
-
-    def __init__(self, recipe: Recipe, settings: Settings) -> None:
-        self.split = _evaluated_on(recipe)
-        self.batch_size = EVAL_BATCH if recipe.eval is None else recipe.eval.batch_size
-        self.settings = settings
-        self.networks: list[Network] = []
-        self.rows: list[ModelRow] = []
-
-    def add(
-        self, network: Network, sites: tuple[Site, ...] = (), *, accuracy: Accuracy | None = None
-    ) -> None:
-        """Take in a network, and measure its accuracy where that is not given and weights are not random."""
-        if accuracy is None and self.split is not None and not network.is_random:
-            accuracy = _accuracy(network, self.split, self.settings, batch_size=self.batch_size)
-            self.settings.say(f"{network.name}: {accuracy}")
-        self.rows = [row.model_copy(update={"layers": ()}) for row in self.rows]
-        measured_on = None
-        if self.split is not None and accuracy is not None:
-            measured_on = on_data(self.split.text, self.split.name)
-        self.rows.append(network.row(accuracy=accuracy, data=measured_on, sites=sites))
-        self.networks.append(network)
-
-
-def _recipe_teacher(recipe: Recipe, original: Network, settings: Settings) -> Network | None:
-    """Return what a recipe distils from: what it names, else what it converts, unless that is untrained."""
-    if recipe.teacher is not None:
-        return settings.open(recipe.teacher, name="teacher")
-    source = original.loaded.source
-    new_head = source.num_classes is not None and source.weights == "default"
-    return original if (recipe.convert or recipe.budget) and not original.is_random and not new_head else None
-
-
-def _evaluated_on(recipe: Recipe) -> Split | None:
-    """Return the images on which every stage of a recipe is measured: the same for all."""
-    if recipe.eval is not None:
-        return data.open_eval(recipe.eval.data)
-    tune = recipe.finetune
-    return None if tune is None else data.open_eval(tune.data, val_split=tune.val_split, seed=tune.seed)
-
-
-def demo(directory: Path, settings: Settings) -> Report:
-    """Do the whole job on the bundled data; DIR/model, DIR/model.onnx and DIR/report.md are its results."""
-    recipe_file = DEMO / "recipe.toml"
-    recipe = recipes.load(
-        recipe_file,
-        (
-            f"model.source={json.dumps(str(DEMO / 'resnet20.safetensors'))}",
-            *(f"{part}.data={json.dumps(f'idx:{DEMO}')}" for part in ("calibrate", "finetune")),
-        ),
-    )
-    target = directory / "model"
-    artifact.check_target(target, force=True)
-    shutil.rmtree(checkpoints_of(target), ignore_errors=True)
-    fit_store.discard(fits_of(target))
-    text = recipe_file.read_text(encoding="utf-8")
-    result = run(recipe, text, target, settings, options=BenchOptions())
-    (directory / "report.md").write_text(to_markdown(report_sheets(result)), encoding="utf-8")
-    return result
 
 
 def onnx_beside(directory: Path) -> Path:
@@ -379,13 +260,13 @@ def _inspection(
     )
 
 
-def _open_first(part: ModelPart, settings: Settings) -> Network:
+def open_first(part: ModelPart, settings: Settings) -> Network:
     """Return what a conversion starts from, by the name it has in reports."""
     network = settings.open(part, name="original")
     return network.but(name="before") if network.plan.groups else network
 
 
-def _rules(
+def decided(
     original: Network,
     decision: tuple[Rule, ...] | Budget,
     calibration: Calibrate | None,
@@ -427,14 +308,7 @@ def _told_apart(named: list[tuple[Network, str]]) -> list[Network]:
     ]
 
 
-def _accuracy(
-    network: Network, split: Split, settings: Settings, *, batch_size: int = EVAL_BATCH
-) -> Accuracy:
-    batches = eval_batches(split, network.loaded.preprocessing, batch_size=batch_size)
-    return measure_accuracy(network.loaded.model, batches, device=settings.device, shown=None)
-
-
-def _saved(network: Network, directory: Path, settings: Settings, *, recipe: str | None = None) -> Network:
+def saved(network: Network, directory: Path, settings: Settings, *, recipe: str | None = None) -> Network:
     """Write an lcc directory; return the network with the size of its weights there."""
     artifact.save(
         network.loaded,

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lcc import data
-from lcc.batches import eval_batches
 from lcc.budget import Target, amount, check, floor, frontier, meet, neighbours, parse_target
 from lcc.candidates import obstacles, options_for, worthwhile
+from lcc.comparison import measured_accuracy
 from lcc.conversion import convert_network
 from lcc.counts import count_macs, count_params
 from lcc.error_check import checked_errors
 from lcc.error_table import with_errors
 from lcc.errors import NothingToConvertError, RecipeError
-from lcc.evaluation import evaluate
 from lcc.latency_table import Timing
 from lcc.methods import METHODS
 from lcc.network import sites_of
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from lcc.budget import Budgeted, Costs, Option, Quantity
-    from lcc.data import Split
     from lcc.error_table import ErrorTable
     from lcc.methods import Method
     from lcc.network import Network
@@ -47,7 +44,6 @@ ROUNDS = 4  # of choosing, and measuring what was chosen
 CLOSE = 0.02  # relative, of a latency to what was predicted: no further round
 BENCH_ROUNDS = 10
 HALVINGS = 6
-EVAL_BATCH = 256
 
 
 class Planned(NamedTuple):
@@ -222,8 +218,8 @@ def _within_drop(
     """
     assert budget.max_drop is not None
     assert budget.data is not None
-    measure = partial(_accuracy, data.open_eval(budget.data), settings)
-    before = measure(original)
+    split = data.open_eval(budget.data)
+    before = measured_accuracy(original, split, settings).top1
     quantity, now = budget.minimise, tables.now
     low = floor(tables.in_company(), now, quantity).costs[quantity] / now[quantity]
     high, best = 1.0, None
@@ -234,7 +230,7 @@ def _within_drop(
         with tempfile.TemporaryDirectory() as folder:
             rules = rules_of(found.taken)
             _, converted = convert_network(original, rules, calibration, quiet, fits=Path(folder))
-        drop = before - measure(converted)
+        drop = before - measured_accuracy(converted, split, settings).top1
         settings.say(f"{share:.1%} of the {quantity}: {drop:+.2f} points lost")
         if drop <= budget.max_drop:
             high, best = share, (found, drop)
@@ -246,11 +242,6 @@ def _within_drop(
             f"fine-tuning, more than {budget.max_drop:g}; allow more, or give a --target and fine-tune"
         )
     return best
-
-
-def _accuracy(split: Split, settings: Settings, network: Network) -> float:
-    batches = eval_batches(split, network.loaded.preprocessing, batch_size=EVAL_BATCH)
-    return evaluate(network.loaded.model, batches, device=settings.device).top1
 
 
 def _nothing(_: str) -> None:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lcc.budget import Quantity, parse_target
 from lcc.errors import RecipeError
 from lcc.methods import METHODS, Method, parse_method
 from lcc.plan import Rule
 from lcc.specs import Frozen
+from lcc.validation import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from pydantic_core import ErrorDetails
 
 COMMAS = re.compile(r",(?![^{]*})")  # those outside of tables
 
@@ -309,70 +307,6 @@ def method_from_text(text: str) -> Method:
 def _text(key: str, value: str) -> object:
     """Return a value that is no TOML, since text needs no quotes here; a method's as its table."""
     return method_from_text(value).model_dump(mode="json") if key == "method" else value
-
-
-def in_words(error: ValidationError, root: type[BaseModel]) -> str:
-    """Return in one line the first thing that is wrong, as "key: what"; `root` is what was validated."""
-    problems = error.errors(include_url=False)
-    place, what = ".".join(str(part) for part in problems[0]["loc"]), _what(problems[0], root)
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{place}: {what}{more}" if place else f"{what}{more}"
-
-
-# What pydantic calls a problem, and what a writer of TOML should do about it.
-_WANTED = {
-    "bool_type": "should be true or false",
-    "dict_type": "should be a table",
-    "float_type": "should be a number",
-    "int_from_float": "should be a whole number",
-    "int_type": "should be a whole number",
-    "model_type": "should be a table",
-    "string_type": "should be text in quotes",
-    "tuple_type": "should be a list",
-}
-
-
-def _what(problem: ErrorDetails, root: type[BaseModel]) -> str:
-    kind, where, context = problem["type"], problem["loc"], problem.get("ctx", {})
-    if kind == "missing":
-        return "this list is too short" if isinstance(where[-1], int) else "is missing, and has no default"
-    if kind == "extra_forbidden":
-        return _unknown(str(where[-1]), _known_keys(root, where[:-1]))
-    if kind == "too_long":
-        return f"should have {context['max_length']} items, not {context['actual_length']}"
-    if kind == "value_error":
-        return str(context["error"])
-    said = problem["msg"].replace("Input should be", "should be", 1)
-    return f"{_WANTED.get(kind, said)}, not {_shown(problem['input'])}"
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value)
-    short = text if len(text) <= 40 else f"{text[:37]}..."
-    return f"the text {short}" if isinstance(value, str) else short
-
-
-def _unknown(key: str, known: tuple[str, ...]) -> str:
-    close = get_close_matches(key, known, n=1)
-    return f"unknown key; did you mean {close[0]!r}?" if close else f"unknown key; known: {', '.join(known)}"
-
-
-def _known_keys(root: type[BaseModel], where: tuple[int | str, ...]) -> tuple[str, ...]:
-    """Return the keys that the table at this place may have."""
-    for part in where:
-        field = root.model_fields.get(str(part))
-        if field is not None:
-            root = _table_in(field.annotation) or root
-    tables = METHODS.values() if root is Method else (root,)
-    return tuple(dict.fromkeys(key for table in tables for key in table.model_fields))
-
-
-def _table_in(annotation: object) -> type[BaseModel] | None:
-    """Return the model that an annotation such as `tuple[Model, ...] | None` is about."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    found = (_table_in(argument) for argument in get_args(annotation))
-    return next((model for model in found if model is not None), None)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_data import idx_data
 
-from lcc import pipeline
+from lcc import pipeline, whole_run
 from lcc.comparison import BenchOptions
 from lcc.errors import RecipeError
 from lcc.export import Exported, Parity
@@ -35,7 +35,7 @@ def data(tmp_path):
 
 
 def run(folder, **parts):
-    return pipeline.run(Recipe(lcc=1, **parts), "", folder, SETTINGS)
+    return whole_run.run(Recipe(lcc=1, **parts), "", folder, SETTINGS)
 
 
 def tune(data, **options):
@@ -133,7 +133,7 @@ def test_a_run_exports_into_a_folder_that_is_not_there_yet(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_demo_keeps_most_of_the_accuracy_and_leaves_its_files(tmp_path):
-    report = pipeline.demo(tmp_path / "demo", SETTINGS)
+    report = whole_run.demo(tmp_path / "demo", SETTINGS)
     original, converted, tuned = report.models
     assert original.accuracy.top1 > 90
     assert tuned.accuracy.top1 > max(converted.accuracy.top1, original.accuracy.top1 - 8)

@@ -7,7 +7,7 @@ import torch
 from hosts import TinyResNet, seeded
 from small_data import idx_data
 
-from lcc import error_table, pipeline, whole_latency
+from lcc import error_table, pipeline, whole_latency, whole_run
 from lcc import recipe as recipes
 from lcc.budget import parse_target
 from lcc.conversion import convert_network
@@ -419,7 +419,7 @@ def test_a_recipe_with_a_budget_runs(tmp_path, data):
     recipe = Recipe(
         lcc=1, model=PART, budget=Budget(targets=("macs=70%",)), calibrate=Calibrate(data=data, images=16)
     )
-    before, after = pipeline.run(recipe, "", tmp_path / "out", SETTINGS).models
+    before, after = whole_run.run(recipe, "", tmp_path / "out", SETTINGS).models
     assert after.macs <= 0.7 * before.macs
     assert SETTINGS.open(ModelPart(source=str(tmp_path / "out"))).plan.groups
 

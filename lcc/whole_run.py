@@ -1,0 +1,150 @@
+"""All that a recipe says, in order, every stage measured; and the demo, a recipe on bundled data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lcc import artifact, data, fit_store
+from lcc import recipe as recipes
+from lcc.comparison import EVAL_BATCH, BenchOptions, measured_accuracy, on_data, timed_report
+from lcc.conversion import convert_network
+from lcc.export import check_file, to_onnx
+from lcc.pipeline import decided, exported_lines, onnx_beside, open_first, saved
+from lcc.settings import Settings, checkpoints_of, fits_of
+from lcc.tables import report_sheets, to_markdown
+from lcc.tuning import train_network
+
+if TYPE_CHECKING:
+    from lcc.data import Split
+    from lcc.evaluation import Accuracy
+    from lcc.network import Network
+    from lcc.plan import Site
+    from lcc.recipe import Recipe
+    from lcc.report import ModelRow, Report
+
+DEMO = Path(__file__).parent / "demo"
+
+
+def run(
+    recipe: Recipe,
+    text: str,
+    directory: Path,
+    settings: Settings,
+    *,
+    resume: bool = False,
+    workers: int | None = None,
+    options: BenchOptions | None = None,
+) -> Report:
+    """Do all that a recipe says, in order, and report every stage; `text` is the recipe as given.
+
+    The result is the lcc directory, and DIR.onnx where the recipe exports. Raises: what the stages raise.
+    """
+    artifact.check_target(directory, force=settings.force)
+    if recipe.export is not None:
+        check_file(onnx_beside(directory), force=settings.force)
+    stages = _Stages(recipe, settings)
+    original = open_first(recipe.model, settings)
+    stages.add(original)
+    network = original
+    sites: tuple[Site, ...] = ()
+    rules = decided(original, recipe.budget or recipe.convert, recipe.calibrate, settings)
+    if rules:
+        sites, network = convert_network(
+            original, rules, recipe.calibrate, settings, fits=fits_of(directory), resume=resume
+        )
+        network = network.but(name="converted")
+        stages.add(network, sites)
+    if recipe.finetune is not None:
+        teacher = _recipe_teacher(recipe, original, settings)
+        network, result = train_network(
+            network, recipe.finetune, teacher, directory, settings, resume=resume, workers=workers
+        )
+        network = network.but(name="fine-tuned")
+    network = saved(network, directory, settings, recipe=text)
+    fit_store.discard(fits_of(directory))
+    if recipe.finetune is not None:
+        shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
+        stages.add(network, sites, accuracy=None if recipe.eval else result.accuracy)
+    else:
+        stages.rows[-1] = stages.rows[-1].model_copy(update={"size_bytes": network.size_bytes})
+    notes: tuple[str, ...] = ()
+    if recipe.export is not None:
+        chosen = recipe.export
+        notes = exported_lines(
+            to_onnx(
+                network.loaded,
+                onnx_beside(directory),
+                network.plan,
+                half=chosen.half,
+                opset=chosen.opset,
+                lowering_tolerance=chosen.lowering_tolerance,
+            )
+        )
+    untimed = "converted" if recipe.finetune is not None else None
+    report = timed_report(tuple(stages.rows), tuple(stages.networks), options, settings, untimed=untimed)
+    return report.model_copy(update={"notes": (*report.notes, *notes)})
+
+
+class _Stages:
+    """The networks of a run, each with its line of the report; only the last one keeps its layers."""
+
+    def __init__(self, recipe: Recipe, settings: Settings) -> None:
+        self.split = _evaluated_on(recipe)
+        self.batch_size = EVAL_BATCH if recipe.eval is None else recipe.eval.batch_size
+        self.settings = settings
+        self.networks: list[Network] = []
+        self.rows: list[ModelRow] = []
+
+    def add(
+        self, network: Network, sites: tuple[Site, ...] = (), *, accuracy: Accuracy | None = None
+    ) -> None:
+        """Take in a network, and measure its accuracy where that is not given and weights are not random."""
+        if accuracy is None and self.split is not None and not network.is_random:
+            accuracy = measured_accuracy(network, self.split, self.settings, batch_size=self.batch_size)
+            self.settings.say(f"{network.name}: {accuracy}")
+        self.rows = [row.model_copy(update={"layers": ()}) for row in self.rows]
+        measured_on = None
+        if self.split is not None and accuracy is not None:
+            measured_on = on_data(self.split.text, self.split.name)
+        self.rows.append(network.row(accuracy=accuracy, data=measured_on, sites=sites))
+        self.networks.append(network)
+
+
+def _recipe_teacher(recipe: Recipe, original: Network, settings: Settings) -> Network | None:
+    """Return what a recipe distils from: what it names, else what it converts, unless that is untrained."""
+    if recipe.teacher is not None:
+        return settings.open(recipe.teacher, name="teacher")
+    source = original.loaded.source
+    new_head = source.num_classes is not None and source.weights == "default"
+    return original if (recipe.convert or recipe.budget) and not original.is_random and not new_head else None
+
+
+def _evaluated_on(recipe: Recipe) -> Split | None:
+    """Return the images on which every stage of a recipe is measured: the same for all."""
+    if recipe.eval is not None:
+        return data.open_eval(recipe.eval.data)
+    tune = recipe.finetune
+    return None if tune is None else data.open_eval(tune.data, val_split=tune.val_split, seed=tune.seed)
+
+
+def demo(directory: Path, settings: Settings) -> Report:
+    """Do the whole job on the bundled data; DIR/model, DIR/model.onnx and DIR/report.md are its results."""
+    recipe_file = DEMO / "recipe.toml"
+    recipe = recipes.load(
+        recipe_file,
+        (
+            f"model.source={json.dumps(str(DEMO / 'resnet20.safetensors'))}",
+            *(f"{part}.data={json.dumps(f'idx:{DEMO}')}" for part in ("calibrate", "finetune")),
+        ),
+    )
+    target = directory / "model"
+    artifact.check_target(target, force=True)
+    shutil.rmtree(checkpoints_of(target), ignore_errors=True)
+    fit_store.discard(fits_of(target))
+    text = recipe_file.read_text(encoding="utf-8")
+    result = run(recipe, text, target, settings, options=BenchOptions())
+    (directory / "report.md").write_text(to_markdown(report_sheets(result)), encoding="utf-8")
+    return result
