@@ -56,7 +56,8 @@ class Option(Frozen):
     """A method, the sites that it takes together, what that saves and how much it harms.
 
     `covers`: the sites that are settled with it: those that it takes, and those around and inside them.
-    `saved` may be negative. `error`: the predicted divergence of the network's output, in nats.
+    `saved` may be negative. `error`: the predicted divergence of the network's output, in nats. `penalty`:
+    what the sum to be made small has of it; None: the error.
     """
 
     method: AnyMethod
@@ -64,6 +65,12 @@ class Option(Frozen):
     covers: tuple[str, ...]
     saved: dict[Quantity, float]
     error: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    penalty: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+    @property
+    def harm(self) -> float:
+        """What is to be made small."""
+        return self.error if self.penalty is None else self.penalty
 
 
 class Target(Frozen):
@@ -86,14 +93,15 @@ class Target(Frozen):
 
 
 class Budgeted(NamedTuple):
-    """The options to take, what the network then costs, and the sum of the predicted errors.
+    """The options to take, what the network then costs, and the sums of the predicted errors and of the harm.
 
-    `gap`: how far the sum may be above the least possible, relative.
+    `gap`: how far the harm may be above the least possible, relative.
     """
 
     taken: tuple[Option, ...]
     costs: Costs
     error: float
+    harm: float
     gap: float
 
 
@@ -131,7 +139,7 @@ def parse_target(text: str) -> Target:
 
 
 def meet(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> Budgeted:
-    """Return the options with the least summed error that bring what costs `now` within every target.
+    """Return the options with the least summed harm that bring what costs `now` within every target.
 
     Raises: RecipeError: none do; with the least that can be reached, and how.
     """
@@ -177,12 +185,12 @@ def frontier(
 def neighbours(
     options: Sequence[Option], now: Costs, found: Budgeted, quantity: Quantity
 ) -> tuple[Budgeted | None, Budgeted | None]:
-    """Return the next cheaper choice, and the next dearer one with less error; None: there is none."""
+    """Return the next cheaper choice, and the next dearer one with less harm; None: there is none."""
     step = now[quantity] * 1e-4
     cheaper = _solve(options, now, [(quantity, found.costs[quantity] - step)])
-    if not found.taken or found.error == 0:
+    if not found.taken or found.harm == 0:
         return cheaper, None
-    return cheaper, _solve(options, now, [], least=quantity, most_error=found.error * (1 - 1e-3))
+    return cheaper, _solve(options, now, [], least=quantity, most_harm=found.harm * (1 - 1e-3))
 
 
 def _by(taken: Sequence[Option]) -> str:
@@ -203,21 +211,21 @@ def _solve(
     limits: Sequence[tuple[Quantity, float]],
     *,
     least: Quantity | None = None,
-    most_error: float | None = None,
+    most_harm: float | None = None,
 ) -> Budgeted | None:
-    """Return the choice with the least error (or cost) within limits; None: there is none."""
+    """Return the choice with the least harm (or cost) within limits; None: there is none."""
     if not options:
         fits = all(now[quantity] <= limit for quantity, limit in limits)
-        return Budgeted((), dict(now), 0.0, 0.0) if fits else None
+        return Budgeted((), dict(now), 0.0, 0.0, 0.0) if fits else None
     constraints = [LinearConstraint(_conflicts(options), -np.inf, 1)]
     for quantity, limit in limits:
         saved, needed = _saved(options, quantity), now[quantity] - limit
         constraints.append(LinearConstraint(saved[None] / now[quantity], needed / now[quantity], np.inf))
-    errors = np.array([option.error for option in options])
-    scale = errors.max() or 1.0  # HiGHS's tolerances are absolute
-    if most_error is not None:
-        constraints.append(LinearConstraint(errors[None] / scale, -np.inf, most_error / scale))
-    objective = errors / scale if least is None else -_saved(options, least) / now[least]
+    harms = np.array([option.harm for option in options])
+    scale = harms.max() or 1.0  # HiGHS's tolerances are absolute
+    if most_harm is not None:
+        constraints.append(LinearConstraint(harms[None] / scale, -np.inf, most_harm / scale))
+    objective = harms / scale if least is None else -_saved(options, least) / now[least]
     with silent_stdout():
         result = milp(
             objective,
@@ -232,7 +240,8 @@ def _solve(
     costs: Costs = {
         quantity: total - sum(option.saved[quantity] for option in taken) for quantity, total in now.items()
     }
-    return Budgeted(taken, costs, sum(option.error for option in taken), float(result.mip_gap or 0.0))
+    error, harm = sum(option.error for option in taken), sum(option.harm for option in taken)
+    return Budgeted(taken, costs, error, harm, float(result.mip_gap or 0.0))
 
 
 @contextmanager

@@ -67,6 +67,13 @@ def deciding(
         Literal["params", "macs", "size", "latency"] | None,
         typer.Option(help="With --max-drop: what is to be cheap; default: macs."),
     ] = None,
+    keep: Annotated[
+        Literal["outputs", "capacity"] | None,
+        typer.Option(
+            help="With --target: the least error right after conversion, or the most parameters, which "
+            "fine-tuning needs; default: outputs."
+        ),
+    ] = None,
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="With --max-drop: where accuracy is measured.")
     ] = None,
@@ -89,6 +96,7 @@ def deciding(
     methods, include, exclude, plan = named
     given = {
         "minimise": minimise,
+        "keep": keep,
         "data": data,
         "runtime": runtime,
         "batch": batch,

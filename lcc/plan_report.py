@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lcc.budget import Costs, Quantity, amount
 from lcc.methods import AnyMethod
@@ -63,6 +63,7 @@ class PlanReport(Frozen):
     now: Costs
     then: Costs
     error: float
+    keep: Literal["outputs", "capacity"]
     gap: float
     parts: tuple[Part, ...]
     frontier: tuple[Point, ...]
@@ -183,7 +184,8 @@ def _notes(report: PlanReport) -> Iterator[str]:
         after = report.then[quantity]
         yield f"{amount(quantity, total)} becomes {amount(quantity, after)}, {after / total:.1%}"
     least = "the least possible" if report.gap < CERTAIN else f"at most {report.gap:.1g} above the least"
-    yield f"predicted error {report.error:.3g} nats (divergence of the outputs), {least}; other sites stay"
+    aim = {"outputs": least, "capacity": f"parameters kept first: {least} in that"}[report.keep]
+    yield f"predicted error {report.error:.3g} nats (divergence of the outputs), {aim}; other sites stay"
     if report.drop is not None:
         yield f"{report.drop:+.2f} points lost right after conversion, before fine-tuning"
     for number, found in enumerate(report.compared, 1):

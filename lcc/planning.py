@@ -44,6 +44,7 @@ ROUNDS = 4  # of choosing, and measuring what was chosen
 CLOSE = 0.02  # relative, of a latency to what was predicted: no further round
 BENCH_ROUNDS = 10
 HALVINGS = 6
+TIE = 1e-2  # of all errors together, beside all parameters
 
 
 class Planned(NamedTuple):
@@ -129,7 +130,25 @@ def _tables(
         raise NothingToConvertError(f"nothing to convert: the network has its targets already ({reached})")
     options = worthwhile(options, quantities)
     errors = with_errors(original, sites, options, calibration, settings)
-    return _Tables(sites, now, errors.options, errors, clock)
+    found = errors.options if budget.keep == "outputs" else _by_capacity(errors.options, now)
+    return _Tables(sites, now, found, errors, clock)
+
+
+def _by_capacity(options: Sequence[Option], now: Costs) -> list[Option]:
+    """Return options whose harm is the share of the parameters that they take; errors decide between equals.
+
+    To learn in fine-tuning what it lost, a network needs parameters.
+    """
+    most = max(option.error for option in options) or 1.0
+    return [
+        option.model_copy(
+            update={
+                "penalty": max(option.saved["params"], 0.0) / now["params"]
+                + TIE * option.error / (most * len(options))
+            }
+        )
+        for option in options
+    ]
 
 
 def _methods(budget: Budget) -> list[Method | type[Method]]:
@@ -187,7 +206,7 @@ def _chosen(tables: _Tables, targets: Sequence[Target]) -> Budgeted:
     trials = [trial for trial in trials if _keeps(trial, now, targets)] or [
         _measured(floor(clock.scaled(tables.options), now, "latency"), tables, clock)
     ]
-    best = min(trials, key=lambda trial: trial.error)
+    best = min(trials, key=lambda trial: trial.harm)
     if not _keeps(best, now, targets):
         reached = amount("latency", best.costs["latency"])
         raise RecipeError(
@@ -261,6 +280,7 @@ def _report(original: Network, budget: Budget, found: Budgeted, tables: _Tables)
         now=now,
         then=found.costs,
         error=found.error,
+        keep=budget.keep,
         gap=found.gap,
         parts=tuple(
             sorted((_part(option, tables) for option in found.taken), key=lambda p: order[p.sites[0]])

@@ -105,14 +105,17 @@ class Budget(Frozen):
 
     `targets`, all at once: "macs=50%" is what remains, "latency=-40%" the change, "size=5MB" an amount. Or
     `max_drop`: as little of `minimise` as loses at most so many points of top-1 on `data` before fine-tuning.
-    `methods` to choose from, as on the command line: "linear_mix" is its family, "linear_mix:group_size=8"
-    itself; none: every method that is fitted in closed form. `include` and `exclude` are globs over sites.
-    Latency is measured in `runtime`, with so many CPU `threads` and images (`batch`).
+    `keep`: "outputs" has the least error right after conversion, "capacity" the most parameters, which
+    fine-tuning needs; errors then decide between equals. `methods` to choose from, as on the command line:
+    "linear_mix" is its family, "linear_mix:group_size=8" itself; none: every method that is fitted in closed
+    form. `include` and `exclude` are globs over sites. Latency is measured in `runtime`, with so many CPU
+    `threads` and images (`batch`).
     """
 
     targets: tuple[str, ...] = ()
     max_drop: NotNegative | None = None
     minimise: Quantity = "macs"
+    keep: Literal["outputs", "capacity"] = "outputs"
     data: str | None = None
     methods: tuple[str, ...] = ()
     include: tuple[str, ...] = ()

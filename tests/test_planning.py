@@ -478,3 +478,10 @@ def test_a_recipe_with_a_budget_that_makes_no_sense_is_refused(tmp_path, text, w
         recipes.load(path)
     path.write_text(MODEL + WITHIN + IMAGES)
     assert recipes.load(path).budget == Budget(targets=("macs=50%",))
+
+
+def test_capacity_keeps_as_many_parameters_as_the_budget_allows(data):
+    reports = {keep: planned(data, "macs=60%", keep=keep).report for keep in ("outputs", "capacity")}
+    assert reports["capacity"].then["params"] >= reports["outputs"].then["params"]
+    assert reports["capacity"].error >= reports["outputs"].error
+    assert all(report.then["macs"] <= 0.6 * report.now["macs"] for report in reports.values())
