@@ -2,9 +2,9 @@
 
 python recipes/torch_pruning_baseline.py runs/cifar10-resnet20-dense imagefolder:data/cifar10 2.1 --seed 0
 
-Prunes an lcc directory's dense network to so many times fewer MACs (global ranking by group L2 norm, a few per
-cent of the channels at a time), trains it with the unpruned network as the teacher, and prints its accuracy by
-epoch, its costs, and its latency in ONNX Runtime beside the dense network's. Needs `pip install torch-pruning`.
+Prunes an lcc directory's dense network to so many times fewer MACs (ranked by the L2 norm of groups, a
+few channels at a time), trains it with the unpruned network as the teacher, and prints its accuracy by epoch,
+its costs, and its latency in ONNX Runtime beside the dense network's. Needs `pip install torch-pruning`.
 """
 
 from __future__ import annotations
