@@ -50,12 +50,13 @@ UNITS: dict[Quantity, Unit] = {
 AMOUNT = re.compile(r"(?P<minus>-?)(?P<number>\d+(?:\.\d+)?)(?P<unit>%|[a-zA-Z]*)")
 GAP = 1e-6  # of the least error: where the search stops
 SECONDS = 20.0  # or after that long
+EXACT = 1e-9  # relative, of a cost that is just a limit
 
 
 class Option(Frozen):
     """A method, the sites that it takes together, what that saves and how much it harms.
 
-    `covers`: the sites that are settled with it: those that it takes, and those around and inside them.
+    `covers`: the sites that are settled with it: those that it takes, and those inside them.
     `saved` may be negative. `error`: the predicted divergence of the network's output, in nats. `penalty`:
     what the sum to be made small has of it; None: the error.
     """
@@ -144,53 +145,79 @@ def meet(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> Bu
     Raises: RecipeError: none do; with the least that can be reached, and how.
     """
     check(options, now, targets)
-    found = _solve(options, now, [(target.quantity, target.of(now)) for target in targets])
+    found = _solve(options, now, _limits(targets, now))
     if found is None:
-        every = " and ".join(map(str, targets))
-        raise RecipeError(f"satisfiable: no; each target alone is, but not {every} at once")
+        raise RecipeError(
+            "no plan was found that keeps the targets, though there is one; ask for a little less"
+        )
     return found
 
 
 def check(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> None:
-    """Raise RecipeError if a target can't be reached by any choice; errors play no part."""
+    """Raise RecipeError if the targets can't be reached by any choice; harm plays no part."""
     for target in targets:
         quantity, limit = target.quantity, target.of(now)
         least = floor(options, now, quantity)
-        if least.costs[quantity] > limit * (1 + 1e-9):
+        if least.costs[quantity] > limit * (1 + EXACT):
             total, lowest = now[quantity], least.costs[quantity]
             reached = f"{amount(quantity, lowest)} of {amount(quantity, total)}"
             raise RecipeError(
-                f"satisfiable: no; the floor is {lowest / total:.0%} of the {quantity} ({reached}), "
-                f"{_by(least.taken)}; the target is {limit / total:.0%}"
+                f"satisfiable: no; the floor is {lowest / total:.1%} of the {quantity} ({reached}), "
+                f"{_by(least.taken)}; the target is {limit / total:.1%}"
             )
+    if targets and _solve(options, now, _limits(targets, now), least=targets[0].quantity) is None:
+        every = " and ".join(map(str, targets))
+        raise RecipeError(f"satisfiable: no; each target alone is, but not {every} at once")
 
 
 def floor(options: Sequence[Option], now: Costs, quantity: Quantity) -> Budgeted:
     """Return the choice that costs least."""
     found = _solve(options, now, [], least=quantity)
-    assert found is not None  # taking nothing is always allowed
-    return found
+    return found or Budgeted((), dict(now), 0.0, 0.0, 0.0)
 
 
 def frontier(
-    options: Sequence[Option], now: Costs, quantity: Quantity, *, points: int = 9
+    options: Sequence[Option],
+    now: Costs,
+    quantity: Quantity,
+    others: Sequence[Target] = (),
+    *,
+    points: int = 9,
 ) -> tuple[Budgeted, ...]:
-    """Return the best choices at evenly spaced budgets from the floor up to what the network costs now."""
-    least, most = floor(options, now, quantity).costs[quantity], now[quantity]
-    limits = np.linspace(least, most, points)
-    found = (_solve(options, now, [(quantity, float(limit))]) for limit in limits)
+    """Return the best choices at evenly spaced budgets from the floor up to what the network costs now.
+
+    All keep the `others` among the targets.
+    """
+    kept = _limits(others, now)
+    least = _solve(options, now, kept, least=quantity)
+    if least is None:
+        return ()
+    limits = np.linspace(least.costs[quantity], now[quantity], points)
+    found = (_solve(options, now, [*kept, (quantity, float(limit))]) for limit in limits)
     return tuple(entry for entry in found if entry is not None)
 
 
 def neighbours(
-    options: Sequence[Option], now: Costs, found: Budgeted, quantity: Quantity
+    options: Sequence[Option],
+    now: Costs,
+    found: Budgeted,
+    quantity: Quantity,
+    others: Sequence[Target] = (),
 ) -> tuple[Budgeted | None, Budgeted | None]:
-    """Return the next cheaper choice, and the next dearer one with less harm; None: there is none."""
+    """Return the next cheaper choice, and the next dearer one with less harm; None: there is none.
+
+    Both keep the `others` among the targets.
+    """
+    kept = _limits(others, now)
     step = now[quantity] * 1e-4
-    cheaper = _solve(options, now, [(quantity, found.costs[quantity] - step)])
+    cheaper = _solve(options, now, [*kept, (quantity, found.costs[quantity] - step)])
     if not found.taken or found.harm == 0:
         return cheaper, None
-    return cheaper, _solve(options, now, [], least=quantity, most_harm=found.harm * (1 - 1e-3))
+    return cheaper, _solve(options, now, kept, least=quantity, most_harm=found.harm * (1 - 1e-3))
+
+
+def _limits(targets: Sequence[Target], now: Costs) -> list[tuple[Quantity, float]]:
+    return [(target.quantity, target.of(now)) for target in targets]
 
 
 def _by(taken: Sequence[Option]) -> str:
@@ -213,7 +240,26 @@ def _solve(
     least: Quantity | None = None,
     most_harm: float | None = None,
 ) -> Budgeted | None:
-    """Return the choice with the least harm (or cost) within limits; None: there is none."""
+    """Return the choice with the least harm (or cost) within limits; None: there is none.
+
+    HiGHS's tolerances are absolute. So the harm found first is the unit of a second search, among the options
+    that do no more than that.
+    """
+    found = _search(options, now, limits, least=least, most_harm=most_harm)
+    if found is None or least is not None:
+        return found
+    fitting = [option for option in options if option.harm <= found.harm]
+    return _search(fitting, now, limits) or found
+
+
+def _search(
+    options: Sequence[Option],
+    now: Costs,
+    limits: Sequence[tuple[Quantity, float]],
+    *,
+    least: Quantity | None = None,
+    most_harm: float | None = None,
+) -> Budgeted | None:
     if not options:
         fits = all(now[quantity] <= limit for quantity, limit in limits)
         return Budgeted((), dict(now), 0.0, 0.0, 0.0) if fits else None
@@ -222,13 +268,12 @@ def _solve(
         saved, needed = _saved(options, quantity), now[quantity] - limit
         constraints.append(LinearConstraint(saved[None] / now[quantity], needed / now[quantity], np.inf))
     harms = np.array([option.harm for option in options])
-    scale = harms.max() or 1.0  # HiGHS's tolerances are absolute
+    scale = harms.max() or 1.0
     if most_harm is not None:
         constraints.append(LinearConstraint(harms[None] / scale, -np.inf, most_harm / scale))
-    objective = harms / scale if least is None else -_saved(options, least) / now[least]
     with silent_stdout():
         result = milp(
-            objective,
+            harms / scale if least is None else -_saved(options, least) / now[least],
             integrality=np.ones(len(options)),
             bounds=Bounds(0, 1),
             constraints=constraints,

@@ -57,6 +57,16 @@ def worthwhile(options: Sequence[Option], quantities: Sequence[Quantity]) -> lis
     return list(best.values())
 
 
+def rules_of(taken: Sequence[Option]) -> tuple[Rule, ...]:
+    """Return the rules that give methods the sites of these options: a rule for each bank, or each method."""
+    banks = [Rule(match=option.sites, method=option.method) for option in taken if option.method.shares]
+    alone: dict[Method, list[str]] = {}
+    for option in taken:
+        if not option.method.shares:
+            alone.setdefault(option.method, []).extend(option.sites)
+    return (*banks, *(Rule(match=tuple(names), method=method) for method, names in alone.items()))
+
+
 def obstacles(sites: tuple[Site, ...], methods: Sequence[Method | type[Method]]) -> str:
     """Return in words why these methods take no site: what the first says of each, most often first."""
     counts: Counter[str] = Counter()

@@ -4,18 +4,27 @@ Annotations are not postponed here, since typer reads them.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
 from lcc.errors import RecipeError
-from lcc.options import AsJson, Resume, checked, running, source_part, taking, writing
+from lcc.options import NAMES, AsJson, Resume, checked, running, source_part, taking, writing
 from lcc.output import form_of, print_inspection, print_plan, print_report
 
 if TYPE_CHECKING:
     from lcc.plan import Rule
     from lcc.recipe import Budget, ModelPart
     from lcc.settings import Settings
+
+
+class ByHand(NamedTuple):
+    """Which methods and sites are meant, or the file that says so."""
+
+    methods: list[str]
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    plan: Path | None
 
 
 def by_hand(
@@ -36,15 +45,15 @@ def by_hand(
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Decide as this file says, made by --save-plan.")
     ] = None,
-) -> "tuple[list[str], tuple[str, ...], tuple[str, ...], Path | None]":
+) -> ByHand:
     """Return which methods and sites are meant."""
     if plan is not None and (method or include or exclude):
         raise RecipeError(f"--plan {plan} says what becomes of every site; leave --method and globs out")
-    return method or [], tuple(include or ()), tuple(exclude or ()), plan
+    return ByHand(method or [], tuple(include or ()), tuple(exclude or ()), plan)
 
 
 def deciding(
-    named: "tuple[list[str], tuple[str, ...], tuple[str, ...], Path | None]",
+    named: ByHand,
     *,
     target: Annotated[
         list[str] | None,
@@ -120,8 +129,8 @@ def deciding(
             **how,
         )
     if how:
-        option = {"threads": "bench-threads"}.get(next(iter(how)), next(iter(how)))
-        raise RecipeError(f"--{option} is for a planner; give it a --target or a --max-drop")
+        name = next(iter(how))
+        raise RecipeError(f"--{NAMES.get(name, name)} is for a planner; give it a --target or a --max-drop")
     if plan is not None:
         return recipe.rules_from(plan)
     if len(methods) > 1:
@@ -141,7 +150,7 @@ def convert(
         str | None, typer.Option(metavar="DATA", help="Fit on unlabelled images, such as imagefolder:DIR.")
     ] = None,
     images: Annotated[int, typer.Option(help="How many images to fit on.")] = 512,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and convert nothing.")] = False,
     save_plan: Annotated[
         Path | None,
         typer.Option("--save-plan", metavar="FILE", help="With --target: write the plan, to be edited."),

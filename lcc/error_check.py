@@ -10,9 +10,10 @@ from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from lcc import calibrate, data, models, progress, surgery
+from lcc.candidates import rules_of
+from lcc.errors import DataError
 from lcc.evaluation import pick_device, placed
 from lcc.plan import make_plan
-from lcc.whole_latency import rules_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
     from lcc.settings import Settings
 
 CHUNK = 256  # images at a time
+
+
+def refuse_few_images(calibration: Calibrate) -> None:
+    """Make sure, before any long work, that there are images for `checked_errors`. Raises: DataError."""
+    there, needed = len(data.open_train(calibration.data)), 2 * calibration.images
+    if there < needed:
+        raise DataError(
+            f"{calibration.data} has {there} images, and errors are checked on as many more as are fitted "
+            f"to: give --images {there // 2}"
+        )
 
 
 def checked_errors(
@@ -57,10 +68,12 @@ def checked_errors(
             got = _log_probabilities(converted, held_out.to(device))
             true.append(float((wanted.exp() * (wanted - got)).sum(1).mean()))
             tick(done)
-    rank = float(spearmanr([option.error for option in options], true).statistic)
+    predicted = [option.error for option in options]
+    alike = len(set(predicted)) < 2 or len(set(true)) < 2  # where there is no order to compare
+    rank = "not defined" if alike else f"{float(spearmanr(predicted, true).statistic):.3f}"
     return (
         f"predicted errors of {len(options)} options beside true ones, each converted alone, on "
-        f"{len(held_out)} other images: rank correlation {rank:.3f}"
+        f"{len(held_out)} other images: rank correlation {rank}"
     )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from lcc import __version__, data, models, progress
 from lcc.calibrate import finite_activations
+from lcc.errors import DataError
 from lcc.evaluation import pick_device, placed
 from lcc.fit_store import conversion_key
 from lcc.measurements import Store, cache_folder
@@ -55,11 +57,11 @@ def with_errors(
 ) -> ErrorTable:
     """Return options with the divergence that each is predicted to cause.
 
-    What is kept is known by the network's weights, and by the data set's name, classes and the images chosen
-    from it; not by their pixels.
-    Raises: DataError: the images. ArtifactError: the cache can't be used.
+    Options without a finite error are left out. What is kept is known by the network, its weights included,
+    and by the data set's place, size, labels and the images chosen from it; not by their pixels.
+    Raises: DataError: the images. ArtifactError: the cache can't be used. SourceError: no classifier.
     """
-    store = Store(cache_folder(), "errors", _conditions(network, calibration), Harm)
+    store = Store(cache_folder(), "errors", _conditions(network, sites, calibration), Harm)
     known = {(harm.method, harm.sites): harm for harm in store.read()}
     missing = [(o.method, o.sites) for o in options if (o.method, o.sites) not in known]
     cost = f"errors of {len(options)} options: kept from an earlier run"
@@ -73,9 +75,12 @@ def with_errors(
             "forward passes over them"
         )
     priced = [
-        option.model_copy(update={"error": known[option.method, option.sites].divergence})
+        option.model_copy(update={"error": harm.divergence})
         for option in options
+        if math.isfinite((harm := known[option.method, option.sites]).divergence)
     ]
+    if not priced:
+        raise DataError(f"{calibration.data}: no option has a finite error; look at --mean and --std")
     return ErrorTable(priced, {key: harm.relative_error for key, harm in known.items()}, cost)
 
 
@@ -96,8 +101,6 @@ def _found(
         progress.bar("fit options", len(options)) as tick,
     ):
         found = damages(model, {site.name: site for site in sites}, options, images, on_done=tick)
-        if not all(math.isfinite(harm.divergence) for harm in found.entries):
-            raise ValueError("no finite divergence")
     harms = [
         Harm(method=method, sites=names, relative_error=harm.relative_error, divergence=harm.divergence)
         for (method, names), harm in zip(options, found.entries, strict=True)
@@ -105,13 +108,14 @@ def _found(
     return found.forward_passes, harms
 
 
-def _conditions(network: Network, calibration: Calibrate) -> dict[str, object]:
-    split = data.open_train(calibration.data)
-    loaded = network.loaded
+def _conditions(network: Network, sites: tuple[Site, ...], calibration: Calibrate) -> dict[str, object]:
+    loaded, place = network.loaded, calibration.data.partition(":")[2]
+    structure = f"{loaded.source}{loaded.model}{[site.model_dump_json() for site in sites]}"
     return {
-        "weights": conversion_key(loaded.model, torch.empty(0)),
+        "network": conversion_key(loaded.model, torch.empty(0), structure),
         "preprocessing": loaded.preprocessing.model_dump(mode="json"),
         "data": calibration.model_dump(mode="json"),
-        "images": split.fingerprint,
+        "place": str(Path(place).expanduser().resolve()),
+        "images": data.open_train(calibration.data).fingerprint,
         "lcc": __version__,
     }

@@ -210,6 +210,10 @@ def taking(**groups: Callable[..., Any]) -> Callable[[Callable[..., None]], Call
     return decorate
 
 
+# Options that have another name on the command line than in a recipe, where they are lists or stand alone.
+NAMES = {"targets": "target", "methods": "method", "threads": "bench-threads"}
+
+
 def checked(kind: type[Options], **given: Any) -> Options:
     """Return options as the value they make. Raises: RecipeError: names the option that is out of bounds."""
     from pydantic import ValidationError
@@ -220,7 +224,8 @@ def checked(kind: type[Options], **given: Any) -> Options:
         return kind(**given)
     except ValidationError as error:
         key, _, what = in_words(error, kind).partition(": ")  # type: ignore[arg-type]  # a model
-        raise RecipeError(f"--{key.partition('.')[0].replace('_', '-')}: {what}") from error
+        name = key.partition(".")[0]
+        raise RecipeError(f"--{NAMES.get(name, name).replace('_', '-')}: {what}") from error
 
 
 def either(source: str, arch: str | None, weights: str | None, num_classes: int | None) -> "ModelPart":

@@ -166,7 +166,7 @@ def make_plan(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> Plan:
     """
     if not sites:
         raise NothingToConvertError("nothing to convert: the network has no nn.Conv2d and no residual step")
-    _refuse_idle_patterns(sites, rules)
+    refuse_idle_patterns(sites, rules)
     plan = decide(sites, rules)
     if not plan.groups:
         raise NothingToConvertError(_nothing(plan.kept, rules))
@@ -326,7 +326,8 @@ def _refusal(site: Site, method: Method, reason: str) -> str:
     return f"{site.name} can't be converted by {method}: {reason}; match it with a glob to skip it"
 
 
-def _refuse_idle_patterns(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> None:
+def refuse_idle_patterns(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> None:
+    """Raise RecipeError for a pattern that matches no site."""
     for rule in rules:
         for glob in rule.match:
             alone = Rule(match=(glob,))

@@ -50,8 +50,9 @@ class Point(Frozen):
 
 
 class PlanReport(Frozen):
-    """A choice: costs `now` and `then`, predicted error in nats, and `gap`: how far above the least.
+    """A choice: costs `now` and `then`, `limits` of those asked for, and the predicted error in nats.
 
+    `gap`: how far above the least possible the harm may be.
     `cheaper` and `dearer`: what the nearest other choices change. `compared`: whole networks that were timed,
     the chosen one last. `quantity` is what the frontier is about; `drop`: points of accuracy lost.
     """
@@ -60,6 +61,7 @@ class PlanReport(Frozen):
     random_weights: bool
     targets: tuple[str, ...]
     quantity: Quantity
+    limits: Costs
     now: Costs
     then: Costs
     error: float
@@ -164,7 +166,7 @@ def _plan_sheet(report: PlanReport) -> Sheet:
         if timed:
             cells.append(Cell(UNKNOWN if part.ms is None else change(ms(part.ms[0], 2), ms(part.ms[1], 2))))
         cells += [
-            Cell(f"{part.saved[quantity] / saving:.1%}"),
+            Cell(f"{part.saved[quantity] / saving:.1%}" if saving else UNKNOWN),
             Cell(f"{part.error:.3g}"),
             Cell(f"{part.error / report.error:.1%}" if report.error else UNKNOWN),
         ]
@@ -188,6 +190,9 @@ def _notes(report: PlanReport) -> Iterator[str]:
     yield f"predicted error {report.error:.3g} nats (divergence of the outputs), {aim}; other sites stay"
     if report.drop is not None:
         yield f"{report.drop:+.2f} points lost right after conversion, before fine-tuning"
+    over = report.then.get("latency", 0.0) / report.limits.get("latency", float("inf")) - 1
+    if over > 0:
+        yield f"the latency is {over:.1%} over its target, which is within what timing can tell"
     for number, found in enumerate(report.compared, 1):
         name = "the chosen network" if number == len(report.compared) else "a network to learn from"
         off = found.predicted_ms / found.measured_ms - 1

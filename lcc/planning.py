@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lcc import data
-from lcc.budget import Target, amount, check, floor, frontier, meet, neighbours, parse_target
-from lcc.candidates import obstacles, options_for, worthwhile
+from lcc.budget import EXACT, Target, amount, check, floor, frontier, meet, neighbours, parse_target
+from lcc.candidates import obstacles, options_for, rules_of, worthwhile
 from lcc.comparison import measured_accuracy
 from lcc.conversion import convert_network
 from lcc.counts import count_macs, count_params
-from lcc.error_check import checked_errors
+from lcc.error_check import checked_errors, refuse_few_images
 from lcc.error_table import with_errors
 from lcc.errors import NothingToConvertError, RecipeError
 from lcc.latency_table import Timing
 from lcc.methods import METHODS
 from lcc.network import sites_of
-from lcc.plan import Rule
-from lcc.plan_report import Part, PlanReport, Point, changes
+from lcc.plan import Rule, refuse_idle_patterns
+from lcc.plan_report import Compared, Part, PlanReport, Point, changes
 from lcc.recipe import method_from_text
 from lcc.specs import Cost
-from lcc.whole_latency import Clock, rules_of
+from lcc.whole_latency import Clock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,15 +68,16 @@ def plan_within(
     Raises: RecipeError: it can't be kept, with the least that can be reached. NothingToConvertError: it is
     kept already. DataError: the images. ArtifactError: the cache.
     """
+    if check_errors:
+        refuse_few_images(calibration)
     targets = tuple(map(parse_target, budget.targets))
     tables = _tables(original, budget, targets, calibration, settings)
     if budget.max_drop is None:
         found, drop = _chosen(tables, targets), None
     else:
         found, drop = _within_drop(tables, original, budget, calibration, settings)
-    wanted = " and ".join(budget.wanted)
-    kept = Rule(match=("*",), reason=f"dense is worth more here, for {wanted}")
-    report = _report(original, budget, found, tables)
+    kept = Rule(match=("*",), reason=f"left as it is by the plan for {' and '.join(budget.wanted)}")
+    report = _report(original, budget, targets, found, tables)
     if drop is not None:
         report = report.model_copy(update={"drop": drop})
     if check_errors:
@@ -111,9 +112,11 @@ def _tables(
     counted = [target for target in targets if target.quantity != "latency"]
     sites, now, clock = sites_of(original), _costs(original), None
     methods = _methods(budget)
+    refuse_idle_patterns(sites, tuple(Rule(match=globs) for globs in (budget.include, budget.exclude)))
     options = options_for(sites, methods, include=budget.include, exclude=budget.exclude)
+    met = {target.quantity for target in counted if now[target.quantity] <= target.of(now)}
     for quantity in quantities:
-        if not worthwhile(options, ["macs" if quantity == "latency" else quantity]):
+        if quantity not in met and not worthwhile(options, ["macs" if quantity == "latency" else quantity]):
             raise RecipeError(
                 f"satisfiable: no; the floor is 100% of the {quantity}: {obstacles(sites, methods)}"
             )
@@ -122,7 +125,7 @@ def _tables(
         data.open_train(calibration.data)
         clock = _clock(original, sites, budget, settings)
         also: list[Quantity] = [target.quantity for target in counted]
-        options = clock.price(worthwhile(options, [*also, "macs"]))
+        options = clock.price(worthwhile(options, [*also, "macs"]), settings.say)
         now = {**now, "latency": clock.now_ms}
         check(clock.scaled(options), now, targets)
     if targets and all(now[target.quantity] <= target.of(now) for target in targets):
@@ -191,7 +194,7 @@ def _chosen(tables: _Tables, targets: Sequence[Target]) -> Budgeted:
     clock, now = tables.clock, tables.now
     if clock is None:
         return meet(tables.options, now, targets)
-    trials: list[Budgeted] = []
+    trials: list[_Trial] = []
     for _ in range(ROUNDS):
         try:
             found = meet(clock.scaled(tables.options), now, targets)
@@ -200,31 +203,43 @@ def _chosen(tables: _Tables, targets: Sequence[Target]) -> Budgeted:
                 raise
             break
         trials.append(_measured(found, tables, clock))
-        if abs(trials[-1].costs["latency"] - found.costs["latency"]) <= CLOSE * found.costs["latency"]:
+        if abs(trials[-1].choice.costs["latency"] - found.costs["latency"]) <= CLOSE * found.costs["latency"]:
             break
-        clock.learn()
-    trials = [trial for trial in trials if _keeps(trial, now, targets)] or [
+        clock.learn(trials[-1].whole)
+    fitting = [trial for trial in trials if _keeps(trial.choice, now, targets)] or [
         _measured(floor(clock.scaled(tables.options), now, "latency"), tables, clock)
     ]
-    best = min(trials, key=lambda trial: trial.harm)
-    if not _keeps(best, now, targets):
-        reached = amount("latency", best.costs["latency"])
+    best = min(fitting, key=lambda trial: trial.choice.harm)
+    if not _keeps(best.choice, now, targets):
+        reached = amount("latency", best.choice.costs["latency"])
         raise RecipeError(
             f"satisfiable: no; the fastest network found takes {reached}, measured, of "
             f"{amount('latency', now['latency'])}, which misses the target"
         )
-    return best
+    clock.choose(best.whole)
+    return best.choice
 
 
-def _measured(found: Budgeted, tables: _Tables, clock: Clock) -> Budgeted:
-    """Return the choice with the latency that its network has."""
+class _Trial(NamedTuple):
+    """A choice with the latency that its network has, and how that was predicted."""
+
+    choice: Budgeted
+    whole: Compared
+
+
+def _measured(found: Budgeted, tables: _Tables, clock: Clock) -> _Trial:
     priced = {(option.method, option.sites): option for option in tables.options}
     whole = clock.measure([priced[option.method, option.sites] for option in found.taken])
-    return found._replace(costs={**found.costs, "latency": whole.measured_ms})
+    return _Trial(found._replace(costs={**found.costs, "latency": whole.measured_ms}), whole)
 
 
 def _keeps(found: Budgeted, now: Costs, targets: Sequence[Target]) -> bool:
-    return all(found.costs[target.quantity] <= target.of(now) * (1 + CLOSE) for target in targets)
+    """Whether every target is kept; a latency but for what timing can't tell."""
+    return all(
+        found.costs[target.quantity]
+        <= target.of(now) * (1 + (CLOSE if target.quantity == "latency" else EXACT))
+        for target in targets
+    )
 
 
 def _within_drop(
@@ -260,22 +275,32 @@ def _within_drop(
             f"satisfiable: no; {share:.1%} of the {quantity} loses {drop:.2f} points already, before "
             f"fine-tuning, more than {budget.max_drop:g}; allow more, or give a --target and fine-tune"
         )
-    return best
+    if tables.clock is None:
+        return best
+    trial = _measured(best[0], tables, tables.clock)
+    tables.clock.choose(trial.whole)
+    return trial.choice, best[1]
 
 
 def _nothing(_: str) -> None:
     """Say nothing: trials are not results."""
 
 
-def _report(original: Network, budget: Budget, found: Budgeted, tables: _Tables) -> PlanReport:
+def _report(
+    original: Network, budget: Budget, targets: Sequence[Target], found: Budgeted, tables: _Tables
+) -> PlanReport:
     options, now, clock = tables.in_company(), tables.now, tables.clock
-    first = parse_target(budget.targets[0]).quantity if budget.targets else budget.minimise
-    cheaper, dearer = neighbours(options, now, found, first)
+    # What is shortest decides what the frontier is about.
+    tight = max(targets, key=lambda t: found.costs[t.quantity] / max(t.of(now), 1e-9), default=None)
+    first = budget.minimise if tight is None else tight.quantity
+    others = [target for target in targets if target is not tight]
+    cheaper, dearer = neighbours(options, now, found, first, others)
     order = {site.name: number for number, site in enumerate(tables.sites)}
     return PlanReport(
         source=str(original.loaded.source),
         random_weights=original.is_random,
         targets=budget.wanted,
+        limits={target.quantity: target.of(now) for target in targets},
         quantity=first,
         now=now,
         then=found.costs,
@@ -286,7 +311,7 @@ def _report(original: Network, budget: Budget, found: Budgeted, tables: _Tables)
             sorted((_part(option, tables) for option in found.taken), key=lambda p: order[p.sites[0]])
         ),
         frontier=tuple(
-            Point(costs=point.costs, error=point.error) for point in frontier(options, now, first)
+            Point(costs=point.costs, error=point.error) for point in frontier(options, now, first, others)
         ),
         cheaper=None if cheaper is None else changes(found, cheaper, now, first),
         dearer=None if dearer is None else changes(found, dearer, now, first),

@@ -136,6 +136,12 @@ class Budget(Frozen):
             raise ValueError("targets: give targets, or max_drop, one of the two")
         if (self.max_drop is None) != (self.data is None):
             raise ValueError("data: max_drop is measured on data; give both or none")
+        if self.targets and "minimise" in self.model_fields_set:
+            raise ValueError("minimise: goes with max_drop; targets say what is to be small")
+        timed = self.minimise == "latency" or any(text.startswith("latency=") for text in self.targets)
+        for name in ("runtime", "threads", "batch"):
+            if name in self.model_fields_set and not timed:
+                raise ValueError(f"{name}: is about latency, which is no target here; leave it out")
         return self
 
     @field_validator("targets")
@@ -257,7 +263,7 @@ def rules_from(path: str | Path) -> tuple[Rule, ...]:
 
     Raises: RecipeError: one line with the file, the key, what is wrong and what would be right.
     """
-    document = _read(Path(path))
+    document = _read(Path(path), "plan")
     _list_single_globs_(document)
     try:
         rules = _Rules.model_validate_json(json.dumps(document, default=_refuse_date)).convert
@@ -312,11 +318,11 @@ def _text(key: str, value: str) -> object:
     return method_from_text(value).model_dump(mode="json") if key == "method" else value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, what: str = "recipe") -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RecipeError(f"{path}: no such recipe file") from error
+        raise RecipeError(f"{path}: no such {what} file") from error
     except OSError as error:
         raise RecipeError(f"{path}: can't be read ({error.strerror})") from error
     except ValueError as error:  # not TOML, or not even UTF-8

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcc.two_streams import device_of
+from lcc.errors import SourceError
+from lcc.two_streams import device_of, images_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     Seen = dict[str, list[tuple[Tensor, Tensor]]]  # every site's input and output in each call
     Slopes = dict[str, list[list[Tensor]]]  # at every site's output in each call, one for each drawn label
 
-CHUNK = 64  # images at a time
+CHUNK = 64  # images at a time, at most
 DRAWS = 4  # labels drawn for every image
 AT_ONCE = 64  # options fitted in one pass: what they remember must fit in memory
 
@@ -59,9 +60,12 @@ def damages(
 
     Labels are drawn, so that a prediction has a spread of its own: some percent where images are few. The
     model is left in eval mode. `on_done` is called with the number of options fitted so far.
+    Raises: SourceError: the model is no classifier. ValueError: activations are not finite.
     """
     model.eval()
-    parts = [part.to(device_of(model)) for part in images.split(CHUNK)]
+    device = device_of(model)
+    chunk = min(CHUNK, max(1, images_at_once(model, images) // (2 + DRAWS)))  # gradients stay alive, too
+    parts = [part.to(device) for part in images.split(chunk)]
     started = time.perf_counter()
     with torch.no_grad():
         for part in parts:
@@ -176,16 +180,24 @@ def _slopes(
     with torch.enable_grad(), ExitStack() as stack:
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(keep(name)).remove)
-        log_likelihoods = F.log_softmax(model(images), dim=1)
+        logits = model(images)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:  # (images, classes)
+            raise SourceError(
+                "a planner needs a classifier, which gives (images, classes); decide by --method"
+            )
+        log_likelihoods = F.log_softmax(logits, dim=1)
     drawn: list[tuple[Tensor, ...]] = []
     for draw in range(DRAWS):
         labels = torch.multinomial(log_likelihoods.detach().exp().cpu(), 1, generator=generator)
         chosen = log_likelihoods.gather(1, labels.to(images.device)).sum()
         more = draw < DRAWS - 1
-        drawn.append(torch.autograd.grad(chosen, [y for _, y in outputs], retain_graph=more))
+        found = torch.autograd.grad(
+            chosen, [y for _, y in outputs], retain_graph=more, allow_unused=True, materialize_grads=True
+        )
+        drawn.append(found)
     slopes: Slopes = {name: [] for name in modules}
-    for (name, _), found in zip(outputs, zip(*drawn, strict=True), strict=True):
-        slopes[name].append(list(found))
+    for (name, _), slope in zip(outputs, zip(*drawn, strict=True), strict=True):
+        slopes[name].append(list(slope))
     return seen, slopes
 
 

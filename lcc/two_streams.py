@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # vgg11_bn 0.88), and the share of free memory that it may take.
 MARGIN = 1.45
 MEMORY_SHARE = 0.8
+# A channel that was dead and is not: it is shrunk, by so much at most, as if it still were.
+DEAD, STRETCH = 1e-20, 1e-12
 
 
 def run_two_streams(
@@ -84,13 +86,16 @@ class _TwoStreamNorm:
         self.count += len(original_half)
         share = len(original_half) / self.count
         self.moments = tuple(a.lerp(b, share) for a, b in zip(self.moments or seen, seen, strict=True))
-        mean, var = self.original
-        old_var, old_mean, new_var, new_mean = (moment.to(mean) for moment in self.moments)
-        eps = self.norm.eps
-        squared = torch.where(old_var > 0, new_var / old_var.clamp_min(torch.finfo(var.dtype).tiny), 1)
+        exact = torch.promote_types(self.original[0].dtype, torch.float32)
+        mean, var, old_var, old_mean, new_var, new_mean = (
+            moment.to(exact) for moment in (*self.original, *self.moments)
+        )
+        eps, largest = self.norm.eps, torch.finfo(self.original[0].dtype).max
+        both_dead = (old_var == 0) & (new_var == 0)
+        squared = torch.where(both_dead, 1, new_var / old_var.clamp_min(DEAD)).clamp_max(1 / STRETCH)
         self.converted = (
             new_mean + squared.sqrt() * (mean - old_mean),
-            (squared * (var + eps) - eps).clamp_min(0),
+            (squared * (var + eps) - eps).clamp(0, largest),
         )
 
     def _forward(self, x: Tensor, statistics: tuple[Tensor, ...]) -> Tensor:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from lcc import models, surgery
 from lcc.budget import floor
+from lcc.candidates import rules_of
 from lcc.export import to_onnx
-from lcc.latency_table import Place, conditions_of, measure_latencies
+from lcc.latency_table import Place, conditions_of, measure_latencies, missing, reasons
 from lcc.measure import bench_onnx, bench_torch
 from lcc.measurements import Store, cache_folder
 from lcc.plan import Rule, make_plan
@@ -24,7 +25,7 @@ from lcc.plan_report import Compared
 from lcc.specs import Frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lcc.budget import Option
     from lcc.latency_table import LatencyTable, Timing
@@ -62,24 +63,33 @@ class Clock:
         self._known = {whole.rules: whole for whole in self._store.read()}
         self._original_file: bytes | None = None
 
-    def price(self, options: Sequence[Option]) -> list[Option]:
+    def price(self, options: Sequence[Option], say: Callable[[str], None]) -> list[Option]:
         """Return the options that are not slower than what they replace, with the time that each saves alone.
 
-        Measures the network that would be fastest, which gives `now_ms` and the scale of savings.
+        Measures the network that would be fastest, which gives `now_ms` and the scale of savings. `say` takes
+        notes.
         Raises: RecipeError: the device. ArtifactError: the cache. CheckFailedError: the export.
         """
         wanted: dict[Place, list[Method]] = {}
         for option in options:
             for place in self._places(option.sites) if option.saved["macs"] else ():
                 wanted.setdefault(place, []).append(option.method)
+        if count := missing(wanted, self.timing, cache=cache_folder()):
+            say(f"timing {count} operators and dense convolutions, each alone; kept in {cache_folder()}")
         self._table = measure_latencies(wanted, self.timing, cache=cache_folder())
+        untimed = {
+            str(method or "dense"): reason
+            for (place, method), reason in reasons(self.timing, cache=cache_folder()).items()
+            if place in wanted
+        }
+        for name, reason in untimed.items():
+            say(f"note: {name} can't be timed and is left out: {reason}")
         priced = []
         for option in options:
             saved = self._saved_ms(option)
             if saved is not None and (saved > 0 or option.saved["macs"] == 0):
                 priced.append(option.model_copy(update={"saved": {**option.saved, "latency": saved}}))
-        self.measure(floor(priced, {"latency": 1.0}, "latency").taken)
-        self.learn()
+        self.learn(self.measure(floor(priced, {"latency": 1.0}, "latency").taken))
         return priced
 
     def scaled(self, options: Sequence[Option]) -> list[Option]:
@@ -105,12 +115,16 @@ class Clock:
         self.compared.append(found)
         return found
 
-    def learn(self) -> None:
-        """Scale what layers save alone so that it is right for the network that was measured last."""
-        found = self.compared[-1]
+    def learn(self, found: Compared) -> None:
+        """Scale what layers save alone so that it is right for this network."""
         alone, together = (self.now_ms - ms for ms in (found.by_parts_ms, found.measured_ms))
-        if alone > 0 and together > 0:
-            self._scale = together / alone
+        if alone > 0:
+            self._scale = max(together, 0.0) / alone
+
+    def choose(self, found: Compared) -> None:
+        """Take this network for the one that is chosen: learn from it, and list it last."""
+        self.compared = [*(one for one in self.compared if one is not found), found]
+        self.learn(found)
 
     def alone_ms(self, option: Option) -> tuple[float, float] | None:
         """Return what an option's sites take, each alone, before and after; None: it changes no time."""
@@ -189,16 +203,6 @@ def _in_words(conditions: Mapping[str, object]) -> str:
         f"{runtime} {conditions['version']}, {conditions['device']}, threads {conditions['threads']}, "
         f"batch {conditions['batch']}, interleaved with the dense network"
     )
-
-
-def rules_of(taken: Sequence[Option]) -> tuple[Rule, ...]:
-    """Return the rules that give methods the sites of these options: a rule for each bank, or each method."""
-    banks = [Rule(match=option.sites, method=option.method) for option in taken if option.method.shares]
-    alone: dict[Method, list[str]] = {}
-    for option in taken:
-        if not option.method.shares:
-            alone.setdefault(option.method, []).extend(option.sites)
-    return (*banks, *(Rule(match=tuple(names), method=method) for method, names in alone.items()))
 
 
 def _file(network: Network) -> bytes:

@@ -106,14 +106,14 @@ def test_everything_stays_where_the_budget_allows_it():
 def test_a_target_below_the_floor_is_refused_with_the_floor_and_what_makes_it():
     options = some_options()
     least = floor(options, NOW, "macs").costs["macs"]
-    words = rf"the floor is {least / 5000:.0%} of the macs .* of 5k MACs.*, by linear_mix"
+    words = rf"the floor is {least / 5000:.1%} of the macs .* of 5k MACs.*, by linear_mix"
     with pytest.raises(RecipeError, match=words):
         check(options, NOW, [Target(quantity="macs", limit=least - 1)])
     check(options, NOW, [Target(quantity="macs", limit=least)])
 
 
 def test_without_options_the_floor_is_the_network_itself():
-    with pytest.raises(RecipeError, match=r"the floor is 100% .* since nothing that lcc knows"):
+    with pytest.raises(RecipeError, match=r"the floor is 100.0% .* since nothing that lcc knows"):
         meet((), NOW, [Target(quantity="latency", share=0.6)])
     assert meet((), NOW, [Target(quantity="latency", limit=8.0)]).taken == ()
 
@@ -148,6 +148,26 @@ def test_the_neighbours_are_the_nearest_choices_that_are_cheaper_and_better(seed
     assert cheaper.error == pytest.approx(min(e for cost, e in choices if cost <= less), rel=1e-5)
     better = min(cost for cost, e in choices if e <= found.error * 0.999)
     assert dearer.costs["macs"] == pytest.approx(better)
+
+
+@pytest.mark.parametrize("outlier", [50.0, 1e3, 1e5])
+def test_an_option_of_great_harm_does_not_blur_the_others(outlier):
+    small = [option.model_copy(update={"error": option.error * 1e-3}) for option in some_options(1)]
+    great = small[0].model_copy(update={"error": outlier, "method": LinearMix(group_size=64)})
+    targets = [Target(quantity="macs", share=0.7)]
+    wanted = best_by_trying(small, targets)
+    assert meet([*small, great], NOW, targets).error == pytest.approx(wanted, rel=1e-5)
+
+
+def test_neighbours_and_frontier_keep_the_other_targets():
+    options = some_options(2)
+    targets = [Target(quantity="macs", share=0.9), Target(quantity="params", share=0.7)]
+    found = meet(options, NOW, targets)
+    others = targets[1:]
+    near = [one for one in neighbours(options, NOW, found, "macs", others) if one is not None]
+    points = frontier(options, NOW, "macs", others)
+    assert points
+    assert all(one.costs["params"] <= 0.7 * NOW["params"] * (1 + 1e-6) for one in (*near, *points))
 
 
 def test_a_choice_without_error_has_no_better_neighbour():

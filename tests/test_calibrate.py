@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from lcc import calibrate
+from lcc import two_streams as two_streams_module
 from lcc.calibrate import calibrate_, project_
 from lcc.methods import Fit
 from lcc.methods.linear_mix import LinearMix
@@ -435,6 +436,20 @@ def test_a_norm_gives_the_second_stream_the_moments_that_it_gave_the_first(name,
     spread = wanted.std((0, 2, 3))
     assert ((y.mean((0, 2, 3)) - wanted.mean((0, 2, 3))).abs() < 0.2 * spread).all()
     assert ((y.std((0, 2, 3)) - spread).abs() < 0.2 * spread).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spread", [0.0, 1e-7])
+def test_a_channel_that_was_dead_does_not_blow_up(spread):
+    norm = nn.BatchNorm2d(1).double().eval()
+    norm.running_var.fill_(1e-12)
+    generator = torch.Generator().manual_seed(0)
+    was, now = (
+        size * torch.randn(8, 1, 4, 4, generator=generator, dtype=torch.float64) for size in (spread, 0.5)
+    )
+    both = two_streams_module._TwoStreamNorm(norm)
+    _, y = both(torch.cat([was, now])).chunk(2)
+    assert y.abs().max() < 0.01
 
 
 @torch.no_grad()

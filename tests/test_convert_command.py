@@ -53,7 +53,7 @@ def one_line(err):
         ((*DRY, *TARGET), "--calibrate DATA"),
         (("convert", *NET, "-o", "out", *TARGET), "--calibrate DATA"),
         (("convert", *NET, *TARGET, *IMAGES), "-o DIR"),
-        ((*DRY, *IMAGES, "--target", "speed=50%"), "--targets: target speed=50%: 'speed' is none of params"),
+        ((*DRY, *IMAGES, "--target", "speed=50%"), "--target: target speed=50%: 'speed' is none of params"),
         ((*DRY, *IMAGES, "--target", "macs=50"), "'50' is no amount of it"),
         ((*DRY, *IMAGES, "--target", "macs=150%"), "150% of what it costs now is no budget"),
         ((*DRY, *IMAGES, *TARGET, "--target", "size=5M"), "size=5MB an amount"),
