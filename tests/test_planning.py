@@ -310,6 +310,24 @@ def test_planning_leaves_the_network_and_the_random_numbers_alone(data):
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
 
 
+def test_predicted_errors_are_set_beside_true_ones(data):
+    budget = Budget(targets=("macs=70%",), methods=("linear_mix",))
+    report = plan_within(
+        network(), budget, Calibrate(data=data, images=12), SETTINGS, check_errors=True
+    ).report
+    count, rank = re.fullmatch(
+        r"predicted errors of (\d+) options .* on 12 other .* (-?\d\.\d+)", report.checked
+    ).groups()
+    assert int(count) >= len(report.parts)
+    assert 0.5 < float(rank) <= 1
+
+
+def test_too_few_images_to_check_errors_on_are_said_first(data):
+    budget = Budget(targets=("macs=70%",))
+    with pytest.raises(DataError, match=r"errors are checked on as many more .* give --images \d+"):
+        plan_within(network(), budget, Calibrate(data=data, images=10**6), SETTINGS, check_errors=True)
+
+
 # Latency
 
 SLOW = Circulant()
