@@ -9,7 +9,7 @@ shift || true
 for seed in "${@:-0}"; do
   out=runs/epochs$epochs-seed$seed
   mkdir -p "$out"
-  for row in dense linear-mix-{data,mask,scratch,half} {rd-explicit,mgic,shared}{,-scratch}; do
+  for row in dense linear-mix-{data,mask,scratch,half} budget {rd-explicit,mgic,shared}{,-scratch}; do
     [ -e "$out/$row/manifest.json" ] && continue
     options=(--set "finetune.epochs=$epochs" --set "finetune.seed=$seed")
     if [ "$row" != dense ]; then
