@@ -145,7 +145,7 @@ def meet(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> Bu
     Raises: RecipeError: none do; with the least that can be reached, and how.
     """
     check(options, now, targets)
-    found = _solve(options, now, _limits(targets, now))
+    found = _least_harm(options, now, _limits(targets, now))
     if found is None:
         raise RecipeError(
             "no plan was found that keeps the targets, though there is one; ask for a little less"
@@ -165,14 +165,14 @@ def check(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> N
                 f"satisfiable: no; the floor is {lowest / total:.1%} of the {quantity} ({reached}), "
                 f"{_by(least.taken)}; the target is {limit / total:.1%}"
             )
-    if targets and _solve(options, now, _limits(targets, now), least=targets[0].quantity) is None:
+    if targets and _search(options, now, _limits(targets, now), least=targets[0].quantity) is None:
         every = " and ".join(map(str, targets))
         raise RecipeError(f"satisfiable: no; each target alone is, but not {every} at once")
 
 
 def floor(options: Sequence[Option], now: Costs, quantity: Quantity) -> Budgeted:
     """Return the choice that costs least."""
-    found = _solve(options, now, [], least=quantity)
+    found = _search(options, now, [], least=quantity)
     return found or Budgeted((), dict(now), 0.0, 0.0, 0.0)
 
 
@@ -189,11 +189,11 @@ def frontier(
     All keep the `others` among the targets.
     """
     kept = _limits(others, now)
-    least = _solve(options, now, kept, least=quantity)
+    least = _search(options, now, kept, least=quantity)
     if least is None:
         return ()
     limits = np.linspace(least.costs[quantity], now[quantity], points)
-    found = (_solve(options, now, [*kept, (quantity, float(limit))]) for limit in limits)
+    found = (_least_harm(options, now, [*kept, (quantity, float(limit))]) for limit in limits)
     return tuple(entry for entry in found if entry is not None)
 
 
@@ -210,10 +210,10 @@ def neighbours(
     """
     kept = _limits(others, now)
     step = now[quantity] * 1e-4
-    cheaper = _solve(options, now, [*kept, (quantity, found.costs[quantity] - step)])
+    cheaper = _least_harm(options, now, [*kept, (quantity, found.costs[quantity] - step)])
     if not found.taken or found.harm == 0:
         return cheaper, None
-    return cheaper, _solve(options, now, kept, least=quantity, most_harm=found.harm * (1 - 1e-3))
+    return cheaper, _search(options, now, kept, least=quantity, most_harm=found.harm * (1 - 1e-3))
 
 
 def _limits(targets: Sequence[Target], now: Costs) -> list[tuple[Quantity, float]]:
@@ -232,22 +232,17 @@ def _by(taken: Sequence[Option]) -> str:
     return f"by {', '.join(named)}{more}"
 
 
-def _solve(
-    options: Sequence[Option],
-    now: Costs,
-    limits: Sequence[tuple[Quantity, float]],
-    *,
-    least: Quantity | None = None,
-    most_harm: float | None = None,
+def _least_harm(
+    options: Sequence[Option], now: Costs, limits: Sequence[tuple[Quantity, float]]
 ) -> Budgeted | None:
-    """Return the choice with the least harm (or cost) within limits; None: there is none.
+    """Return the choice with the least harm within limits; None: there is none.
 
     HiGHS's tolerances are absolute. So the harm found first is the unit of a second search, among the options
     that do no more than that.
     """
-    found = _search(options, now, limits, least=least, most_harm=most_harm)
-    if found is None or least is not None:
-        return found
+    found = _search(options, now, limits)
+    if found is None:
+        return None
     fitting = [option for option in options if option.harm <= found.harm]
     return _search(fitting, now, limits) or found
 
@@ -260,6 +255,7 @@ def _search(
     least: Quantity | None = None,
     most_harm: float | None = None,
 ) -> Budgeted | None:
+    """Return the choice with the least harm, or cost (`least`), within limits; None: there is none."""
     if not options:
         fits = all(now[quantity] <= limit for quantity, limit in limits)
         return Budgeted((), dict(now), 0.0, 0.0, 0.0) if fits else None

@@ -115,10 +115,6 @@ def deciding(
     if target or max_drop is not None:
         if plan is not None:
             raise RecipeError("--plan and a planner's --target both decide; leave one out")
-        if target and (max_drop is not None or minimise or data):
-            raise RecipeError("--target says what to reach, --max-drop what to lose; give one of them")
-        if not target and data is None:
-            raise RecipeError("--max-drop needs --data DATA, labelled, to measure accuracy on")
         return checked(
             recipe.Budget,
             targets=tuple(target or ()),

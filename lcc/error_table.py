@@ -6,8 +6,6 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from lcc import __version__, data, models, progress
 from lcc.calibrate import finite_activations
 from lcc.errors import DataError
@@ -112,7 +110,7 @@ def _conditions(network: Network, sites: tuple[Site, ...], calibration: Calibrat
     loaded, place = network.loaded, calibration.data.partition(":")[2]
     structure = f"{loaded.source}{loaded.model}{[site.model_dump_json() for site in sites]}"
     return {
-        "network": conversion_key(loaded.model, torch.empty(0), structure),
+        "network": conversion_key(loaded.model, None, structure),
         "preprocessing": loaded.preprocessing.model_dump(mode="json"),
         "data": calibration.model_dump(mode="json"),
         "place": str(Path(place).expanduser().resolve()),

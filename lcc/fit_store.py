@@ -93,10 +93,11 @@ def discard(folder: Path) -> None:
         folder.rmdir()
 
 
-def conversion_key(model: nn.Module, images: Tensor, *descriptions: str) -> str:
-    """Return a hash over a network's weights, the images that it is fitted on, and what is to be done."""
+def conversion_key(model: nn.Module, images: Tensor | None, *descriptions: str) -> str:
+    """Return a hash over a network's weights, the images if they count, and what is to be done."""
     digest = hashlib.sha256()
-    for name, tensor in (*sorted(model.state_dict().items()), ("images", images)):
+    tensors = [*sorted(model.state_dict().items()), *([] if images is None else [("images", images)])]
+    for name, tensor in tensors:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     for text in descriptions:

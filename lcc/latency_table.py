@@ -16,7 +16,7 @@ from lcc.measurements import Store
 from lcc.methods import AnyMethod, LowCostOp, Method
 from lcc.onnx_export import layer_file
 from lcc.onnx_runtime import Device, Session
-from lcc.operator_timing import DENSE, _with_random_weights_
+from lcc.operator_timing import DENSE, with_random_weights_
 from lcc.specs import ConvSpec, Frozen, Size, StepSpec
 from lcc.sweep import Runtime
 from lcc.timing import ROUNDS
@@ -167,7 +167,7 @@ def _measured(place: Place, rivals: Sequence[Method | None], timing: Timing) -> 
     """Time rivals beside the dense convolution, which is recorded only if it is one of them."""
     with torch.random.fork_rng(devices=[]):  # what is drawn later must not depend on what was kept
         models = {DENSE: dense(place.spec)}
-        models |= {str(one): _with_random_weights_(one.build(place.spec).eval()) for one in rivals if one}
+        models |= {str(one): with_random_weights_(one.build(place.spec).eval()) for one in rivals if one}
         found = _timed(models, place, timing)
     return [_Record(place=place, method=one, outcome=found[str(one or DENSE)]) for one in rivals]
 

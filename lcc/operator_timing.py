@@ -170,12 +170,12 @@ def _rivals(shape: Shape, methods: Sequence[Method]) -> tuple[dict[str, nn.Modul
         if why is not None:
             remarks.append(Remark(str(method), f"left out: {why}"))
             continue
-        rivals[str(method)] = _with_random_weights_(method.build(spec).eval())
+        rivals[str(method)] = with_random_weights_(method.build(spec).eval())
     return rivals, remarks
 
 
 @torch.no_grad()
-def _with_random_weights_(operator: LowCostOp) -> LowCostOp:
+def with_random_weights_(operator: LowCostOp) -> LowCostOp:
     """Return the operator with seeded normal weights.
 
     Weights may decide how long a lowered operator is, and those of a start may be unlike any after training.

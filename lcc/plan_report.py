@@ -202,8 +202,8 @@ def _notes(report: PlanReport) -> Iterator[str]:
         )
     if report.timing:
         yield f"latency: {report.timing}" + (" (~ noisy machine)" if report.noisy else "")
-    yield f"next cheaper: {report.cheaper or 'none, this is the floor'}"
-    yield f"next dearer: {report.dearer or 'none, this is without error'}"
+    yield f"next cheaper: {report.cheaper or 'none within the targets'}"
+    yield f"next dearer: {report.dearer or 'none within the targets'}"
     yield report.cost
     if report.checked is not None:
         yield report.checked

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,10 +31,12 @@ from lcc.specs import Cost
 from lcc.whole_latency import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lcc.budget import Budgeted, Costs, Option, Quantity
+    from lcc.data import Split
     from lcc.error_table import ErrorTable
+    from lcc.evaluation import Accuracy
     from lcc.methods import Method
     from lcc.network import Network
     from lcc.plan import Site
@@ -71,11 +74,14 @@ def plan_within(
     if check_errors:
         refuse_few_images(calibration)
     targets = tuple(map(parse_target, budget.targets))
+    judges = None if budget.data is None else data.open_eval(budget.data)
     tables = _tables(original, budget, targets, calibration, settings)
-    if budget.max_drop is None:
+    if judges is None or budget.max_drop is None:
         found, drop = _chosen(tables, targets), None
     else:
-        found, drop = _within_drop(tables, original, budget, calibration, settings)
+        before = measured_accuracy(original, judges, settings)
+        lost = partial(_points_lost, original, before, calibration, judges, settings)
+        found, drop = _within_drop(tables, budget.minimise, budget.max_drop, lost)
     kept = Rule(match=("*",), reason=f"left as it is by the plan for {' and '.join(budget.wanted)}")
     report = _report(original, budget, targets, found, tables)
     if drop is not None:
@@ -243,43 +249,51 @@ def _keeps(found: Budgeted, now: Costs, targets: Sequence[Target]) -> bool:
 
 
 def _within_drop(
-    tables: _Tables, original: Network, budget: Budget, calibration: Calibrate, settings: Settings
+    tables: _Tables, quantity: Quantity, most: float, lost: Callable[[Budgeted], float]
 ) -> tuple[Budgeted, float]:
     """Return the cheapest choice that loses at most so many points right after conversion, and what it loses.
 
     Halves the range between the floor and the network as it is, converting and measuring each time.
     Raises: RecipeError: no choice loses so little.
     """
-    assert budget.max_drop is not None
-    assert budget.data is not None
-    split = data.open_eval(budget.data)
-    before = measured_accuracy(original, split, settings).top1
-    quantity, now = budget.minimise, tables.now
-    low = floor(tables.in_company(), now, quantity).costs[quantity] / now[quantity]
-    high, best = 1.0, None
+    options, now = tables.in_company(), tables.now
+    low, high = floor(options, now, quantity).costs[quantity] / now[quantity], 1.0
+    best = None
     for _ in range(HALVINGS):
         share = (low + high) / 2
-        found = meet(tables.in_company(), now, (Target(quantity=quantity, share=share),))
-        quiet = replace(settings, say=_nothing)
-        with tempfile.TemporaryDirectory() as folder:
-            rules = rules_of(found.taken)
-            _, converted = convert_network(original, rules, calibration, quiet, fits=Path(folder))
-        drop = before - measured_accuracy(converted, split, settings).top1
-        settings.say(f"{share:.1%} of the {quantity}: {drop:+.2f} points lost")
-        if drop <= budget.max_drop:
+        found = meet(options, now, (Target(quantity=quantity, share=share),))
+        drop = lost(found)
+        if drop <= most:
             high, best = share, (found, drop)
         else:
             low = share
     if best is None:
         raise RecipeError(
             f"satisfiable: no; {share:.1%} of the {quantity} loses {drop:.2f} points already, before "
-            f"fine-tuning, more than {budget.max_drop:g}; allow more, or give a --target and fine-tune"
+            f"fine-tuning, more than {most:g}; allow more, or give a --target and fine-tune"
         )
     if tables.clock is None:
         return best
     trial = _measured(best[0], tables, tables.clock)
     tables.clock.choose(trial.whole)
     return trial.choice, best[1]
+
+
+def _points_lost(
+    original: Network,
+    before: Accuracy,
+    calibration: Calibrate,
+    judges: Split,
+    settings: Settings,
+    found: Budgeted,
+) -> float:
+    """Return by how many points of top-1 a choice is worse than the original, right after conversion."""
+    quiet = replace(settings, say=_nothing)
+    with tempfile.TemporaryDirectory() as folder:
+        _, converted = convert_network(original, rules_of(found.taken), calibration, quiet, fits=Path(folder))
+    after = measured_accuracy(converted, judges, settings)
+    settings.say(f"{len(found.taken)} options taken: {before} becomes {after}")
+    return before.top1 - after.top1
 
 
 def _nothing(_: str) -> None:

@@ -133,9 +133,9 @@ class Budget(Frozen):
     @model_validator(mode="after")
     def _one_aim(self) -> Budget:
         if bool(self.targets) == (self.max_drop is not None):
-            raise ValueError("targets: give targets, or max_drop, one of the two")
+            raise ValueError("targets: give either targets or max_drop")
         if (self.max_drop is None) != (self.data is None):
-            raise ValueError("data: max_drop is measured on data; give both or none")
+            raise ValueError("data: max_drop is measured on labelled data; give both or none")
         if self.targets and "minimise" in self.model_fields_set:
             raise ValueError("minimise: goes with max_drop; targets say what is to be small")
         timed = self.minimise == "latency" or any(text.startswith("latency=") for text in self.targets)

@@ -18,14 +18,14 @@ from lcc.budget import floor
 from lcc.candidates import rules_of
 from lcc.export import to_onnx
 from lcc.latency_table import Place, conditions_of, measure_latencies, missing, reasons
-from lcc.measure import bench_onnx, bench_torch
+from lcc.measure import Conditions, bench_onnx, bench_torch
 from lcc.measurements import Store, cache_folder
 from lcc.plan import Rule, make_plan
 from lcc.plan_report import Compared
 from lcc.specs import Frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from lcc.budget import Option
     from lcc.latency_table import LatencyTable, Timing
@@ -37,16 +37,20 @@ BEFORE, AFTER = "dense", "converted"
 
 
 class Whole(Frozen):
-    """A converted network timed beside its original: its time, and the ratio within the rounds."""
+    """A converted network timed beside its original: the original's time, and the ratio within the rounds."""
 
     rules: tuple[Rule, ...]
     before_ms: float
     ratio: float
     noisy: bool
+    conditions: Conditions
 
 
 class Clock:
-    """Times options and whole networks; `now_ms` is the original's time, `noisy`: one was not steady."""
+    """Times options and whole networks; `now_ms` is the original's time, `noisy`: one was not steady.
+
+    `conditions` says in words under which they were timed, "" before any was.
+    """
 
     def __init__(self, network: Network, sites: tuple[Site, ...], timing: Timing) -> None:
         self.network, self.sites, self.timing = network, sites, timing
@@ -57,7 +61,7 @@ class Clock:
         self._scale = 1.0
         model = network.loaded.model
         structure = f"{model}{network.loaded.preprocessing.image_size}".encode()
-        self.conditions = _in_words(conditions_of(timing))
+        self.conditions = ""
         conditions = {**conditions_of(timing), "network": hashlib.sha256(structure).hexdigest()}
         self._store = Store(cache_folder(), "networks", conditions, Whole)
         self._known = {whole.rules: whole for whole in self._store.read()}
@@ -106,6 +110,7 @@ class Clock:
         whole = self._whole(rules_of(taken))
         self.now_ms = self.now_ms or whole.before_ms
         self.noisy = self.noisy or whole.noisy
+        self.conditions = str(whole.conditions)
         saved = sum(option.saved["latency"] for option in taken)
         found = Compared(
             by_parts_ms=self.now_ms - saved,
@@ -194,15 +199,8 @@ class Clock:
             before_ms=bench.latencies[BEFORE].median_ms,
             ratio=1 / bench.speedups[AFTER].median,
             noisy=any(latency.noisy for latency in bench.latencies.values()),
+            conditions=bench.conditions,
         )
-
-
-def _in_words(conditions: Mapping[str, object]) -> str:
-    runtime = {"onnx": "ONNX Runtime", "torch": "eager torch"}[str(conditions["runtime"])]
-    return (
-        f"{runtime} {conditions['version']}, {conditions['device']}, threads {conditions['threads']}, "
-        f"batch {conditions['batch']}, interleaved with the dense network"
-    )
 
 
 def _file(network: Network) -> bytes:

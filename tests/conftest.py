@@ -1,10 +1,39 @@
-"""What every test has: a place of its own for what is measured."""
+"""What tests of several modules ask for; and for every test, a place of its own for what is measured."""
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+import torch
+
+from lcc.cli import main
 
 
 @pytest.fixture(autouse=True)
 def measurements_are_kept_nowhere_else(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("LCC_CACHE", str(tmp_path_factory.mktemp("measurements")))
+
+
+@pytest.fixture
+def one_thread():
+    """Compute with one thread: sums in another order differ in the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def lcc_run(monkeypatch, capsys):
+    """Run `lcc` in this process; give its exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lcc", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, err
+
+    return run

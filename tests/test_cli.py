@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import one_line
 from small_data import idx_data, image_folder
 from typer.testing import CliRunner
 
 import lcc
 from lcc import recipe as recipes
-from lcc.cli import app, main
+from lcc.cli import app
 from lcc.methods import METHODS
 from lcc.tables import TIMES
 
@@ -25,28 +26,7 @@ ROOT = Path(__file__).parent.parent
 NET = "zoo:cifar_resnet20"
 SMALL = ("--include", "layer1.0.conv1", "--include", "layer3.2.*")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def lcc_run(monkeypatch, capsys):
-    """Run `lcc` in this process; give its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lcc", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -54,13 +34,6 @@ def converted(lcc_run, tmp_path):
     code, _, err = lcc_run("convert", NET, "--weights", "none", "-o", tmp_path / "small", *SMALL)
     assert code == 0, err
     return tmp_path / "small"
-
-
-def one_line(err):
-    lines = [line for line in err.splitlines() if not line.startswith("note:")]
-    assert len(lines) == 1, err
-    assert lines[0].startswith("lcc: ")
-    return lines[0]
 
 
 def test_help_is_fast_and_imports_neither_torch_nor_pydantic():

@@ -3,48 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
-import torch
+from command_line import one_line
 from small_data import idx_data
-
-from lcc.cli import main
 
 NET = ("zoo:cifar_resnet20", "--weights", "none")
 DRY = ("convert", *NET, "--dry-run")
 IMAGES = ("--calibrate", "idx:nowhere")
 TARGET = ("--target", "macs=50%")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def lcc_run(monkeypatch, capsys):
-    """Run `lcc` in this process; give its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lcc", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, err
-
-    return run
-
-
-def one_line(err):
-    lines = [line for line in err.splitlines() if not line.startswith("note:")]
-    assert len(lines) == 1, err
-    assert lines[0].startswith("lcc: ")
-    return lines[0]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
@@ -73,8 +42,8 @@ def one_line(err):
             "--check-errors goes with --dry-run",
         ),
         ((*DRY, *IMAGES, *TARGET, "--runtime", "torch"), "--runtime: is about latency"),
-        ((*DRY, *IMAGES, *TARGET, "--minimise", "params"), "--target says what to reach"),
-        ((*DRY, *IMAGES, "--max-drop", "1"), "--max-drop needs --data DATA"),
+        ((*DRY, *IMAGES, *TARGET, "--minimise", "params"), "--minimise: goes with max_drop"),
+        ((*DRY, *IMAGES, "--max-drop", "1"), "--data: max_drop is measured on labelled data"),
         ((*DRY, "--runtime", "torch"), "--runtime"),
         ((*DRY, "--batch", "2"), "--batch"),
         ((*DRY, *IMAGES, *TARGET, "--batch", "0"), "--batch"),

@@ -9,13 +9,16 @@ import torch
 from hosts import TinyResNet, seeded
 from small_data import idx_data
 
-from lcc import error_table, pipeline, whole_latency, whole_run
+from lcc import data as datasets
+from lcc import error_table, evaluation, pipeline, planning, whole_latency, whole_run
 from lcc import recipe as recipes
+from lcc.batches import eval_batches
 from lcc.budget import parse_target
 from lcc.conversion import convert_network
 from lcc.counts import count_macs, count_params
 from lcc.errors import ArtifactError, DataError, NothingToConvertError, RecipeError
 from lcc.latency_table import Timed
+from lcc.measure import Conditions
 from lcc.methods import METHODS
 from lcc.methods.circulant import Circulant
 from lcc.models import Loaded, Preprocessing, Source
@@ -57,7 +60,7 @@ def network(seed=0):
     return Network(name="tiny", loaded=Loaded(model=model, source=source, preprocessing=FORM))
 
 
-def planned(data, *targets, original=None, images=16, settings=SETTINGS, **options):
+def planned(data, /, *targets, original=None, images=16, settings=SETTINGS, **options):
     budget = Budget(targets=targets, **options)
     return plan_within(original or network(), budget, Calibrate(data=data, images=images), settings)
 
@@ -153,6 +156,68 @@ def test_without_names_only_what_is_fitted_in_closed_form_is_tried(data, passes)
     tried = {type(method) for method, _ in options}
     assert tried <= {kind for kind in METHODS.values() if not kind.fits_slowly}
     assert len(tried) > 1
+
+
+# As little as keeps the accuracy
+
+
+def points_lost(monkeypatch, lost):
+    """Stand for converting and measuring: `lost` says how many points a choice of so many MACs loses."""
+    tried = []
+
+    def measured(*arguments):
+        found = arguments[-1]
+        tried.append(found)
+        return lost(found.costs["macs"])
+
+    monkeypatch.setattr(planning, "_points_lost", measured)
+    return tried
+
+
+def test_of_what_loses_few_enough_points_the_cheapest_is_chosen(data, monkeypatch):
+    macs = costs(network())["macs"]
+    tried = points_lost(monkeypatch, lambda kept: 20 * (1 - kept / macs))
+    report = planned(data, max_drop=5, data=data).report
+    assert report.drop <= 5
+    assert report.drop == pytest.approx(20 * (1 - report.then["macs"] / macs))
+    cheaper = [found for found in tried if found.costs["macs"] < report.then["macs"]]
+    assert cheaper
+    assert all(20 * (1 - found.costs["macs"] / macs) > 5 for found in cheaper)
+    assert 0.75 * macs <= report.then["macs"] <= 0.8 * macs
+
+
+def test_what_is_made_small_is_what_was_asked_for(data, monkeypatch):
+    points_lost(monkeypatch, lambda _: 0.0)
+    by_params, by_macs = (
+        planned(data, max_drop=1, data=data, minimise=quantity).report.then for quantity in ("params", "macs")
+    )
+    assert by_params["params"] < by_macs["params"]
+    assert by_macs["macs"] < by_params["macs"]
+
+
+def test_a_drop_that_cannot_be_kept_is_refused_with_the_least_that_is_lost(data, monkeypatch):
+    points_lost(monkeypatch, lambda _: 7.5)
+    with pytest.raises(
+        RecipeError, match=r"satisfiable: no; 9\d\.\d% of the macs loses 7\.50 points already"
+    ):
+        planned(data, max_drop=5, data=data)
+
+
+def test_the_points_that_a_plan_says_are_lost_are_those_of_the_converted_network(tmp_path, data):
+    rules, report = planned(data, max_drop=40, data=data)
+    judges = datasets.open_eval(data)
+    before, after = (
+        evaluation.evaluate(one.loaded.model, eval_batches(judges, FORM, workers=0), device="cpu").top1
+        for one in (network(), converted(rules, data, tmp_path))
+    )
+    assert report.drop == pytest.approx(before - after)
+    assert report.drop <= 40
+
+
+def test_labelled_images_that_are_not_there_are_said_before_any_work(data, passes):
+    with pytest.raises(DataError, match="nowhere"):
+        planned(data, max_drop=1, data="idx:nowhere")
+    assert passes == []
 
 
 # What is said of it
@@ -332,6 +397,16 @@ def test_too_few_images_to_check_errors_on_are_said_first(data):
 
 SLOW = Circulant()
 NOW_MS = 10.0
+CONDITIONS = Conditions(
+    runtime="a stand-in",
+    version="1",
+    device="no device",
+    threads=1,
+    batch=1,
+    image_size="8x8",
+    dtype="float32",
+    rounds=1,
+)
 
 
 class Machine:
@@ -370,7 +445,7 @@ class Machine:
             for size in site.sizes
         )
         after = NOW_MS - self.together(saved)
-        return Whole(rules=rules, before_ms=NOW_MS, ratio=after / NOW_MS, noisy=False)
+        return Whole(rules=rules, before_ms=NOW_MS, ratio=after / NOW_MS, noisy=False, conditions=CONDITIONS)
 
 
 @pytest.fixture
