@@ -6,7 +6,6 @@ import copy
 from typing import TYPE_CHECKING
 
 import torch
-from scipy.stats import spearmanr
 from torch.nn import functional as F
 
 from lcc import calibrate, data, models, progress, surgery
@@ -51,6 +50,8 @@ def checked_errors(
     Each option is converted alone, on the calibration's images; the truth is the Kullback-Leibler divergence
     of the predictions on as many other images, in nats.
     """
+    from scipy.stats import spearmanr  # not at the start of every command
+
     preprocessing = network.loaded.preprocessing
     images = data.images(calibration.data, preprocessing, 2 * calibration.images, calibration.seed)
     fitted, held_out = images[: calibration.images], images[calibration.images :]
