@@ -25,6 +25,14 @@ def one_thread():
 
 
 @pytest.fixture
+def same_threads():
+    """Set back the number of threads that what is tested sets."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def lcc_run(monkeypatch, capsys):
     """Run `lcc` in this process; give its exit code, stdout and stderr."""
 

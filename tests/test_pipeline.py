@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from small_data import idx_data
 
 from lcc import pipeline, whole_run
@@ -21,12 +20,7 @@ NET = ModelPart(source="zoo:cifar_resnet20", weights="none", image_size=(8, 8), 
 RULES = (Rule(match=("layer3.2.*",), method=LinearMix()),)
 SETTINGS = Settings(device="cpu", threads=1, say=lambda _: None)
 
-
-@pytest.fixture(autouse=True)
-def same_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("same_threads")
 
 
 @pytest.fixture

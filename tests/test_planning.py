@@ -1,89 +1,32 @@
-"""Plans within a budget: what they promise, against the networks converted; what is refused; what is kept."""
+"""Plans within a budget: what they promise, against the networks converted; what is said and refused."""
 
 from __future__ import annotations
 
 import re
 
 import pytest
-import torch
-from hosts import TinyResNet, seeded
-from small_data import idx_data
+from planning_setting import (
+    FORM,
+    converted,
+    costs,
+    counted_passes,  # noqa: F401  # the fixture `passes`
+    few_images,  # noqa: F401  # the fixture `data`
+    network,
+    planned,
+)
 
 from lcc import data as datasets
-from lcc import error_table, evaluation, pipeline, planning, whole_latency, whole_run
+from lcc import evaluation, planning
 from lcc import recipe as recipes
 from lcc.batches import eval_batches
 from lcc.budget import parse_target
-from lcc.conversion import convert_network
-from lcc.counts import count_macs, count_params
-from lcc.errors import ArtifactError, DataError, NothingToConvertError, RecipeError
-from lcc.latency_table import Timed
-from lcc.measure import Conditions
+from lcc.errors import DataError, NothingToConvertError, RecipeError
 from lcc.methods import METHODS
-from lcc.methods.circulant import Circulant
-from lcc.models import Loaded, Preprocessing, Source
-from lcc.network import Network, sites_of
+from lcc.network import sites_of
 from lcc.plan import make_plan
 from lcc.plan_report import plan_line, plan_sheets, rules_text
-from lcc.planning import plan_within
-from lcc.recipe import Budget, Calibrate, ModelPart, Recipe
-from lcc.settings import Settings
-from lcc.whole_latency import Clock, Whole
 
-SETTINGS = Settings(device="cpu", threads=1, trust_code=True, say=lambda _: None)
-FORM = Preprocessing(image_size=(8, 8), crop_pct=1.0)
-
-
-@pytest.fixture(autouse=True)
-def same_threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return idx_data(tmp_path_factory.mktemp("data"), train=24)
-
-
-@pytest.fixture
-def passes(monkeypatch):
-    """Count how often errors are found out."""
-    made, real = [], error_table.damages
-    monkeypatch.setattr(error_table, "damages", lambda *a, **k: made.append(a) or real(*a, **k))
-    return made
-
-
-def network(seed=0):
-    model = seeded(TinyResNet, seed=seed).float()
-    source = Source(id="py:hosts:TinyResNet", weights="default")
-    return Network(name="tiny", loaded=Loaded(model=model, source=source, preprocessing=FORM))
-
-
-def planned(data, /, *targets, original=None, images=16, settings=SETTINGS, **options):
-    budget = Budget(targets=targets, **options)
-    return plan_within(original or network(), budget, Calibrate(data=data, images=images), settings)
-
-
-def stored_bytes(model):
-    names = set(model.state_dict())
-    kept = [buffer for name, buffer in model.named_buffers() if name in names]
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *kept))
-
-
-def costs(one):
-    """Count what a network costs, shared parameters once."""
-    model = one.loaded.model
-    return {
-        "params": count_params(model),
-        "macs": count_macs(model, one.example).macs,
-        "size": stored_bytes(model),
-    }
-
-
-def converted(rules, data, folder):
-    calibration = Calibrate(data=data, images=16)
-    return convert_network(network(), rules, calibration, SETTINGS, fits=folder / "fits")[1]
+pytestmark = pytest.mark.usefixtures("same_threads")
 
 
 # What a plan promises
@@ -148,6 +91,13 @@ def test_the_chosen_methods_are_among_those_named(data):
     assert {str(part.method) for part in report.parts} <= {"circulant", "linear_mix(group_size=2)"}
     named = planned(data, "macs=80%", methods=("linear_mix",), exclude=("layer2.*",), include=("*.conv?",))
     assert {name for part in named.report.parts for name in part.sites} <= {"layer1.conv1", "layer1.conv2"}
+
+
+def test_capacity_keeps_as_many_parameters_as_the_budget_allows(data):
+    reports = {keep: planned(data, "macs=60%", keep=keep).report for keep in ("outputs", "capacity")}
+    assert reports["capacity"].then["params"] >= reports["outputs"].then["params"]
+    assert reports["capacity"].error >= reports["outputs"].error
+    assert all(report.then["macs"] <= 0.6 * report.now["macs"] for report in reports.values())
 
 
 def test_without_names_only_what_is_fitted_in_closed_form_is_tried(data, passes):
@@ -316,307 +266,3 @@ def test_activations_that_are_no_numbers_are_a_finding_about_the_images(data):
     broken.loaded.model.stem.weight.data.fill_(float("nan"))
     with pytest.raises(DataError, match="no finite numbers"):
         planned(data, "macs=70%", original=broken)
-
-
-# What is kept on disk
-
-
-def test_a_second_run_finds_nothing_out_again(data, passes, monkeypatch):
-    first = planned(data, "macs=70%")
-    monkeypatch.setattr(error_table, "damages", None)
-    monkeypatch.setattr(error_table.data, "images", None)
-    second = planned(data, "macs=70%")
-    assert second.rules == first.rules
-    assert second.report.cost.endswith("kept from an earlier run")
-    assert second.report.model_copy(update={"cost": first.report.cost}) == first.report
-    planned(data, "macs=60%")
-    assert len(passes) == 1
-
-
-def test_another_target_finds_out_what_it_has_in_addition(data, passes):
-    planned(data, "macs=70%", methods=("linear_mix",))
-    planned(data, "params=70%", methods=("linear_mix", "circulant", "shared"))
-    before, after = (set(call[2]) for call in passes)
-    assert after
-    assert not before & after
-
-
-@pytest.mark.parametrize("change", ["weight", "statistics", "images", "seed", "data", "preprocessing"])
-def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change):
-    options = {"methods": ("circulant",)}
-    budget, calibration = Budget(targets=("macs=80%",), **options), Calibrate(data=data, images=16)
-    plan_within(network(), budget, calibration, SETTINGS)
-    other = network()
-    if change == "weight":
-        other.loaded.model.head.bias.data[0] += 1e-3
-    elif change == "statistics":
-        other.loaded.model.bn.running_var[0] += 1e-3
-    elif change == "preprocessing":
-        form = FORM.model_copy(update={"std": (0.3, 0.3, 0.3)})
-        loaded = Loaded(model=other.loaded.model, source=other.loaded.source, preprocessing=form)
-        other = other.but(loaded=loaded)
-    elif change == "data":
-        calibration = Calibrate(data=idx_data(tmp_path / "other", train=30), images=16)
-    else:
-        calibration = calibration.model_copy(update={change: 15})
-    plan_within(other, budget, calibration, SETTINGS)
-    assert len(passes) == 2
-
-
-def test_planning_leaves_the_network_and_the_random_numbers_alone(data):
-    original = network()
-    before = {key: value.clone() for key, value in original.loaded.model.state_dict().items()}
-    torch.manual_seed(0)
-    wanted = torch.rand(3)
-    torch.manual_seed(0)
-    planned(data, "macs=70%", original=original)
-    assert torch.equal(torch.rand(3), wanted)
-    after = original.loaded.model.state_dict()
-    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
-
-
-def test_predicted_errors_are_set_beside_true_ones(data):
-    budget = Budget(targets=("macs=70%",), methods=("linear_mix",))
-    report = plan_within(
-        network(), budget, Calibrate(data=data, images=12), SETTINGS, check_errors=True
-    ).report
-    count, rank = re.fullmatch(
-        r"predicted errors of (\d+) options .* on 12 other .* (-?\d\.\d+)", report.checked
-    ).groups()
-    assert int(count) >= len(report.parts)
-    assert 0.5 < float(rank) <= 1
-
-
-def test_too_few_images_to_check_errors_on_are_said_first(data):
-    budget = Budget(targets=("macs=70%",))
-    with pytest.raises(DataError, match=r"errors are checked on as many more .* give --images \d+"):
-        plan_within(network(), budget, Calibrate(data=data, images=10**6), SETTINGS, check_errors=True)
-
-
-# Latency
-
-SLOW = Circulant()
-NOW_MS = 10.0
-CONDITIONS = Conditions(
-    runtime="a stand-in",
-    version="1",
-    device="no device",
-    threads=1,
-    batch=1,
-    image_size="8x8",
-    dtype="float32",
-    rounds=1,
-)
-
-
-class Machine:
-    """Stands for a device: an operator takes its MACs in milliseconds, a circulant one ten times as long.
-
-    Whole networks save `together` of what their layers save alone.
-    """
-
-    def __init__(self):
-        self.timed = []
-        self.together = lambda saved: saved / 2
-
-    def ms(self, spec, size, method):
-        if method is None:
-            return spec.cost(size).macs / 1e4
-        return method.cost(spec, size).macs / 1e4 * (10 if method == SLOW else 1)
-
-    def measure_latencies(self, wanted, timing, *, cache):
-        table = {}
-        for place, methods in wanted.items():
-            dense = self.ms(place.spec, place.size, None)
-            times = {m: self.ms(place.spec, place.size, m) for m in (None, *methods)}
-            table[place] = {
-                m: Timed(median_ms=ms, iqr_ms=0.0, noisy=False, ratio=ms / dense) for m, ms in times.items()
-            }
-        return table
-
-    def time_network(self, rules):
-        self.timed.append(rules)
-        sites = sites_of(network())
-        methods = make_plan(sites, rules).methods() if rules else {}
-        saved = sum(
-            self.ms(site.spec, size, None) - self.ms(site.spec, size, methods[site.name])
-            for site in sites
-            if site.name in methods
-            for size in site.sizes
-        )
-        after = NOW_MS - self.together(saved)
-        return Whole(rules=rules, before_ms=NOW_MS, ratio=after / NOW_MS, noisy=False, conditions=CONDITIONS)
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    machine = Machine()
-    monkeypatch.setattr(whole_latency, "measure_latencies", machine.measure_latencies)
-    monkeypatch.setattr(Clock, "_timed", machine.time_network)
-    return machine
-
-
-def test_a_latency_is_predicted_from_layers_and_put_right_by_a_whole_network(data, machine):
-    rules, report = planned(data, "latency=9ms")
-    assert report.now["latency"] == NOW_MS
-    fastest, chosen = report.compared
-    assert chosen.predicted_ms == pytest.approx(chosen.measured_ms)
-    assert chosen.measured_ms == pytest.approx(report.then["latency"])
-    assert report.then["latency"] <= 9
-    assert fastest.measured_ms < chosen.measured_ms
-    assert NOW_MS - chosen.by_parts_ms == pytest.approx(2 * (NOW_MS - chosen.measured_ms))
-    assert machine.timed[-1] == rules[:-1]
-
-
-def test_what_is_slower_is_never_chosen(data, machine):
-    report = planned(data, "latency=9.5ms", "params=55%")[1]  # which a circulant one has least of
-    assert report.parts
-    for part in report.parts:
-        if part.ms is None:
-            assert part.before.macs == part.after.macs  # a shared kernel: the same layers run
-            continue
-        before, after = part.ms
-        assert after < before
-        assert part.method != SLOW
-    with pytest.raises(RecipeError, match=r"the floor is 100\.0% of the latency"):
-        planned(data, "latency=99%", methods=("circulant",))
-
-
-def test_a_target_of_two_kinds_is_kept_in_both(tmp_path, data, machine):
-    rules, report = planned(data, "latency=9ms", "params=80%")
-    assert report.then["latency"] <= 9
-    assert costs(converted(rules, data, tmp_path))["params"] == report.then["params"]
-    assert report.then["params"] <= 0.8 * report.now["params"]
-
-
-def test_after_a_miss_the_choice_is_made_anew(data, machine):
-    machine.together = lambda saved: saved - saved**2 / 6  # the more is saved, the less it is worth
-    rules, report = planned(data, "latency=9ms", methods=("linear_mix",))
-    _, first, *_, last = report.compared
-    assert len(report.compared) > 2
-    assert abs(first.predicted_ms / first.measured_ms - 1) > 0.02
-    assert abs(last.predicted_ms / last.measured_ms - 1) <= 0.02
-    assert last.predicted_ms <= 9 * (1 + 1e-6)
-    assert machine.timed[-1] == rules[:-1]
-
-
-def test_of_several_networks_that_were_timed_the_chosen_one_comes_last(data, machine):
-    factors = iter([0.5, 0.62, 0.4, 0.5, 0.5, 0.5])
-    machine.together = lambda saved: saved * next(factors)
-    rules, report = planned(data, "latency=8.7ms", methods=("linear_mix",))
-    assert len(report.compared) >= 3
-    assert report.compared[-1].measured_ms == report.then["latency"]
-    assert report.then["latency"] <= 8.7 * 1.02
-    assert rules[:-1] in machine.timed
-
-
-def test_a_network_that_conversion_makes_slower_is_refused(data, machine):
-    machine.together = lambda saved: -saved / 10
-    with pytest.raises(RecipeError, match=r"the floor is 100\.0% of the latency"):
-        planned(data, "latency=9ms")
-    assert len(machine.timed) == 1
-
-
-def test_a_network_that_was_timed_is_not_timed_again(data, machine):
-    first = planned(data, "latency=9ms").report
-    count = len(machine.timed)
-    assert planned(data, "latency=9ms").report.then == first.then
-    assert len(machine.timed) == count
-    planned(data, "latency=9ms", threads=2)
-    assert len(machine.timed) > count
-
-
-def test_a_latency_that_cannot_be_reached_is_refused_with_the_floor(data, machine):
-    with pytest.raises(
-        RecipeError, match=r"satisfiable: no; the floor is \d+\.\d% of the latency .* ms a run"
-    ):
-        planned(data, "latency=10%")
-    assert len(machine.timed) == 1
-
-
-def test_a_latency_that_is_there_already_is_nothing_to_convert(data, machine):
-    with pytest.raises(NothingToConvertError, match="10 ms a run"):
-        planned(data, "latency=11ms")
-
-
-def test_counted_targets_that_cannot_be_reached_are_refused_before_anything_is_timed(data, machine):
-    with pytest.raises(RecipeError, match="the floor"):
-        planned(data, "latency=90%", "macs=1%")
-    assert machine.timed == []
-
-
-# Through the pipeline
-
-PART = ModelPart(source="py:hosts:TinyResNet", weights="none", image_size=(8, 8), crop_pct=1.0)
-
-
-def test_a_recipe_with_a_budget_runs(tmp_path, data):
-    recipe = Recipe(
-        lcc=1, model=PART, budget=Budget(targets=("macs=70%",)), calibrate=Calibrate(data=data, images=16)
-    )
-    before, after = whole_run.run(recipe, "", tmp_path / "out", SETTINGS).models
-    assert after.macs <= 0.7 * before.macs
-    assert SETTINGS.open(ModelPart(source=str(tmp_path / "out"))).plan.groups
-
-
-def test_a_conversion_within_a_budget_is_that_by_the_plan_that_it_writes(tmp_path, data):
-    budget, calibration = Budget(targets=("params=60%",)), Calibrate(data=data, images=16)
-    plan = tmp_path / "plan.toml"
-    by_target, by_plan = (tmp_path / name for name in ("by_target", "by_plan"))
-    pipeline.convert(PART, by_target, budget, SETTINGS, calibration=calibration, save_plan=plan)
-    pipeline.convert(PART, by_plan, recipes.rules_from(plan), SETTINGS, calibration=calibration)
-    states = [
-        SETTINGS.open(ModelPart(source=str(path))).loaded.model.state_dict() for path in (by_target, by_plan)
-    ]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
-
-
-def test_a_budget_without_images_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="needs images"):
-        pipeline.convert(PART, tmp_path / "out", Budget(targets=("macs=70%",)), SETTINGS)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("place", ["plan.toml", "nowhere/plan.toml", "."])
-def test_where_a_plan_cannot_be_written_is_said_before_the_work(tmp_path, place):
-    (tmp_path / "plan.toml").write_text("mine")
-    budget, calibration = Budget(targets=("macs=70%",)), Calibrate(data="idx:nowhere")
-    with pytest.raises(ArtifactError, match=r"exists; --force|can't be written"):
-        pipeline.budget(PART, budget, calibration, SETTINGS, save_plan=tmp_path / place)
-    assert (tmp_path / "plan.toml").read_text() == "mine"
-
-
-MODEL = 'lcc = 1\n[model]\nsource = "zoo:cifar_resnet20"\nweights = "none"\n'
-WITHIN = '[budget]\ntargets = ["macs=50%"]\n'
-IMAGES = '[calibrate]\ndata = "idx:x"\n'
-BY_HAND = '[[convert]]\nmatch = "*"\nmethod = { name = "linear_mix" }\n'
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (MODEL + WITHIN + IMAGES + BY_HAND, "both decide"),
-        (MODEL + WITHIN, r"\[budget\] needs \[calibrate\]"),
-        (MODEL + IMAGES + "[budget]\n", "targets"),
-        (MODEL + IMAGES + "[budget]\ntargets = []\n", "targets"),
-        (MODEL + IMAGES + WITHIN.replace("macs", "speed"), "budget.targets: .*'speed' is none of"),
-        (MODEL + IMAGES + WITHIN.replace("50%", "150%"), "budget.targets: .*150% of what it costs now"),
-        (MODEL + IMAGES + WITHIN + 'methods = ["linear_mx"]', "budget.methods: .*linear_mx"),
-        (MODEL + IMAGES + WITHIN + "target = 3", "budget.target: .*did you mean 'targets'"),
-    ],
-)
-def test_a_recipe_with_a_budget_that_makes_no_sense_is_refused(tmp_path, text, words):
-    path = tmp_path / "recipe.toml"
-    path.write_text(text)
-    with pytest.raises(RecipeError, match=words):
-        recipes.load(path)
-    path.write_text(MODEL + WITHIN + IMAGES)
-    assert recipes.load(path).budget == Budget(targets=("macs=50%",))
-
-
-def test_capacity_keeps_as_many_parameters_as_the_budget_allows(data):
-    reports = {keep: planned(data, "macs=60%", keep=keep).report for keep in ("outputs", "capacity")}
-    assert reports["capacity"].then["params"] >= reports["outputs"].then["params"]
-    assert reports["capacity"].error >= reports["outputs"].error
-    assert all(report.then["macs"] <= 0.6 * report.now["macs"] for report in reports.values())

@@ -1,0 +1,97 @@
+"""The errors that a budget's plan is chosen by: kept on disk, found out anew, checked against true ones."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from planning_setting import (
+    FORM,
+    SETTINGS,
+    counted_passes,  # noqa: F401  # the fixture `passes`
+    few_images,  # noqa: F401  # the fixture `data`
+    network,
+    planned,
+)
+from small_data import idx_data
+
+from lcc import error_table
+from lcc.errors import DataError
+from lcc.models import Loaded
+from lcc.planning import plan_within
+from lcc.recipe import Budget, Calibrate
+
+pytestmark = pytest.mark.usefixtures("same_threads")
+
+
+def test_a_second_run_finds_nothing_out_again(data, passes, monkeypatch):
+    first = planned(data, "macs=70%")
+    monkeypatch.setattr(error_table, "damages", None)
+    monkeypatch.setattr(error_table.data, "images", None)
+    second = planned(data, "macs=70%")
+    assert second.rules == first.rules
+    assert second.report.cost.endswith("kept from an earlier run")
+    assert second.report.model_copy(update={"cost": first.report.cost}) == first.report
+    planned(data, "macs=60%")
+    assert len(passes) == 1
+
+
+def test_another_target_finds_out_what_it_has_in_addition(data, passes):
+    planned(data, "macs=70%", methods=("linear_mix",))
+    planned(data, "params=70%", methods=("linear_mix", "circulant", "shared"))
+    before, after = (set(call[2]) for call in passes)
+    assert after
+    assert not before & after
+
+
+@pytest.mark.parametrize("change", ["weight", "statistics", "images", "seed", "data", "preprocessing"])
+def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change):
+    options = {"methods": ("circulant",)}
+    budget, calibration = Budget(targets=("macs=80%",), **options), Calibrate(data=data, images=16)
+    plan_within(network(), budget, calibration, SETTINGS)
+    other = network()
+    if change == "weight":
+        other.loaded.model.head.bias.data[0] += 1e-3
+    elif change == "statistics":
+        other.loaded.model.bn.running_var[0] += 1e-3
+    elif change == "preprocessing":
+        form = FORM.model_copy(update={"std": (0.3, 0.3, 0.3)})
+        loaded = Loaded(model=other.loaded.model, source=other.loaded.source, preprocessing=form)
+        other = other.but(loaded=loaded)
+    elif change == "data":
+        calibration = Calibrate(data=idx_data(tmp_path / "other", train=30), images=16)
+    else:
+        calibration = calibration.model_copy(update={change: 15})
+    plan_within(other, budget, calibration, SETTINGS)
+    assert len(passes) == 2
+
+
+def test_planning_leaves_the_network_and_the_random_numbers_alone(data):
+    original = network()
+    before = {key: value.clone() for key, value in original.loaded.model.state_dict().items()}
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    planned(data, "macs=70%", original=original)
+    assert torch.equal(torch.rand(3), wanted)
+    after = original.loaded.model.state_dict()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_predicted_errors_are_set_beside_true_ones(data):
+    budget = Budget(targets=("macs=70%",), methods=("linear_mix",))
+    report = plan_within(
+        network(), budget, Calibrate(data=data, images=12), SETTINGS, check_errors=True
+    ).report
+    count, rank = re.fullmatch(
+        r"predicted errors of (\d+) options .* on 12 other .* (-?\d\.\d+)", report.checked
+    ).groups()
+    assert int(count) >= len(report.parts)
+    assert 0.5 < float(rank) <= 1
+
+
+def test_too_few_images_to_check_errors_on_are_said_first(data):
+    budget = Budget(targets=("macs=70%",))
+    with pytest.raises(DataError, match=r"errors are checked on as many more .* give --images \d+"):
+        plan_within(network(), budget, Calibrate(data=data, images=10**6), SETTINGS, check_errors=True)

@@ -1,0 +1,172 @@
+"""Plans within a latency: predicted from layers, put right by whole networks that a stand-in times."""
+
+from __future__ import annotations
+
+import pytest
+from planning_setting import (
+    converted,
+    costs,
+    few_images,  # noqa: F401  # the fixture `data`
+    network,
+    planned,
+)
+
+from lcc import whole_latency
+from lcc.errors import NothingToConvertError, RecipeError
+from lcc.latency_table import Timed
+from lcc.measure import Conditions
+from lcc.methods.circulant import Circulant
+from lcc.network import sites_of
+from lcc.plan import make_plan
+from lcc.whole_latency import Clock, Whole
+
+pytestmark = pytest.mark.usefixtures("same_threads")
+
+SLOW = Circulant()
+NOW_MS = 10.0
+CONDITIONS = Conditions(
+    runtime="a stand-in",
+    version="1",
+    device="no device",
+    threads=1,
+    batch=1,
+    image_size="8x8",
+    dtype="float32",
+    rounds=1,
+)
+
+
+class Machine:
+    """Stands for a device: an operator takes its MACs in milliseconds, a circulant one ten times as long.
+
+    Whole networks save `together` of what their layers save alone.
+    """
+
+    def __init__(self):
+        self.timed = []
+        self.together = lambda saved: saved / 2
+
+    def ms(self, spec, size, method):
+        if method is None:
+            return spec.cost(size).macs / 1e4
+        return method.cost(spec, size).macs / 1e4 * (10 if method == SLOW else 1)
+
+    def measure_latencies(self, wanted, timing, *, cache):
+        table = {}
+        for place, methods in wanted.items():
+            dense = self.ms(place.spec, place.size, None)
+            times = {m: self.ms(place.spec, place.size, m) for m in (None, *methods)}
+            table[place] = {
+                m: Timed(median_ms=ms, iqr_ms=0.0, noisy=False, ratio=ms / dense) for m, ms in times.items()
+            }
+        return table
+
+    def time_network(self, rules):
+        self.timed.append(rules)
+        sites = sites_of(network())
+        methods = make_plan(sites, rules).methods() if rules else {}
+        saved = sum(
+            self.ms(site.spec, size, None) - self.ms(site.spec, size, methods[site.name])
+            for site in sites
+            if site.name in methods
+            for size in site.sizes
+        )
+        after = NOW_MS - self.together(saved)
+        return Whole(rules=rules, before_ms=NOW_MS, ratio=after / NOW_MS, noisy=False, conditions=CONDITIONS)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    machine = Machine()
+    monkeypatch.setattr(whole_latency, "measure_latencies", machine.measure_latencies)
+    monkeypatch.setattr(Clock, "_timed", machine.time_network)
+    return machine
+
+
+def test_a_latency_is_predicted_from_layers_and_put_right_by_a_whole_network(data, machine):
+    rules, report = planned(data, "latency=9ms")
+    assert report.now["latency"] == NOW_MS
+    fastest, chosen = report.compared
+    assert chosen.predicted_ms == pytest.approx(chosen.measured_ms)
+    assert chosen.measured_ms == pytest.approx(report.then["latency"])
+    assert report.then["latency"] <= 9
+    assert fastest.measured_ms < chosen.measured_ms
+    assert NOW_MS - chosen.by_parts_ms == pytest.approx(2 * (NOW_MS - chosen.measured_ms))
+    assert machine.timed[-1] == rules[:-1]
+
+
+def test_what_is_slower_is_never_chosen(data, machine):
+    report = planned(data, "latency=9.5ms", "params=55%")[1]  # which a circulant one has least of
+    assert report.parts
+    for part in report.parts:
+        if part.ms is None:
+            assert part.before.macs == part.after.macs  # a shared kernel: the same layers run
+            continue
+        before, after = part.ms
+        assert after < before
+        assert part.method != SLOW
+    with pytest.raises(RecipeError, match=r"the floor is 100\.0% of the latency"):
+        planned(data, "latency=99%", methods=("circulant",))
+
+
+def test_a_target_of_two_kinds_is_kept_in_both(tmp_path, data, machine):
+    rules, report = planned(data, "latency=9ms", "params=80%")
+    assert report.then["latency"] <= 9
+    assert costs(converted(rules, data, tmp_path))["params"] == report.then["params"]
+    assert report.then["params"] <= 0.8 * report.now["params"]
+
+
+def test_after_a_miss_the_choice_is_made_anew(data, machine):
+    machine.together = lambda saved: saved - saved**2 / 6  # the more is saved, the less it is worth
+    rules, report = planned(data, "latency=9ms", methods=("linear_mix",))
+    _, first, *_, last = report.compared
+    assert len(report.compared) > 2
+    assert abs(first.predicted_ms / first.measured_ms - 1) > 0.02
+    assert abs(last.predicted_ms / last.measured_ms - 1) <= 0.02
+    assert last.predicted_ms <= 9 * (1 + 1e-6)
+    assert machine.timed[-1] == rules[:-1]
+
+
+def test_of_several_networks_that_were_timed_the_chosen_one_comes_last(data, machine):
+    factors = iter([0.5, 0.62, 0.4, 0.5, 0.5, 0.5])
+    machine.together = lambda saved: saved * next(factors)
+    rules, report = planned(data, "latency=8.7ms", methods=("linear_mix",))
+    assert len(report.compared) >= 3
+    assert report.compared[-1].measured_ms == report.then["latency"]
+    assert report.then["latency"] <= 8.7 * 1.02
+    assert rules[:-1] in machine.timed
+
+
+def test_a_network_that_conversion_makes_slower_is_refused(data, machine):
+    machine.together = lambda saved: -saved / 10
+    with pytest.raises(RecipeError, match=r"the floor is 100\.0% of the latency"):
+        planned(data, "latency=9ms")
+    assert len(machine.timed) == 1
+
+
+def test_a_network_that_was_timed_is_not_timed_again(data, machine):
+    first = planned(data, "latency=9ms").report
+    count = len(machine.timed)
+    assert planned(data, "latency=9ms").report.then == first.then
+    assert len(machine.timed) == count
+    planned(data, "latency=9ms", threads=2)
+    assert len(machine.timed) > count
+
+
+def test_a_latency_that_cannot_be_reached_is_refused_with_the_floor(data, machine):
+    with pytest.raises(
+        RecipeError, match=r"satisfiable: no; the floor is \d+\.\d% of the latency .* ms a run"
+    ):
+        planned(data, "latency=10%")
+    assert len(machine.timed) == 1
+
+
+def test_a_latency_that_is_there_already_is_nothing_to_convert(data, machine):
+    with pytest.raises(NothingToConvertError, match="10 ms a run"):
+        planned(data, "latency=11ms")
+
+
+def test_counted_targets_that_cannot_be_reached_are_refused_before_anything_is_timed(data, machine):
+    with pytest.raises(RecipeError, match="the floor"):
+        planned(data, "latency=90%", "macs=1%")
+    assert machine.timed == []

@@ -1,0 +1,84 @@
+"""Budgets in recipes and in the commands' pipeline: what is run, written and refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from planning_setting import (
+    SETTINGS,
+    few_images,  # noqa: F401  # the fixture `data`
+)
+
+from lcc import pipeline, whole_run
+from lcc import recipe as recipes
+from lcc.errors import ArtifactError, RecipeError
+from lcc.recipe import Budget, Calibrate, ModelPart, Recipe
+
+pytestmark = pytest.mark.usefixtures("same_threads")
+
+PART = ModelPart(source="py:hosts:TinyResNet", weights="none", image_size=(8, 8), crop_pct=1.0)
+
+
+def test_a_recipe_with_a_budget_runs(tmp_path, data):
+    recipe = Recipe(
+        lcc=1, model=PART, budget=Budget(targets=("macs=70%",)), calibrate=Calibrate(data=data, images=16)
+    )
+    before, after = whole_run.run(recipe, "", tmp_path / "out", SETTINGS).models
+    assert after.macs <= 0.7 * before.macs
+    assert SETTINGS.open(ModelPart(source=str(tmp_path / "out"))).plan.groups
+
+
+def test_a_conversion_within_a_budget_is_that_by_the_plan_that_it_writes(tmp_path, data):
+    budget, calibration = Budget(targets=("params=60%",)), Calibrate(data=data, images=16)
+    plan = tmp_path / "plan.toml"
+    by_target, by_plan = (tmp_path / name for name in ("by_target", "by_plan"))
+    pipeline.convert(PART, by_target, budget, SETTINGS, calibration=calibration, save_plan=plan)
+    pipeline.convert(PART, by_plan, recipes.rules_from(plan), SETTINGS, calibration=calibration)
+    states = [
+        SETTINGS.open(ModelPart(source=str(path))).loaded.model.state_dict() for path in (by_target, by_plan)
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+def test_a_budget_without_images_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="needs images"):
+        pipeline.convert(PART, tmp_path / "out", Budget(targets=("macs=70%",)), SETTINGS)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["plan.toml", "nowhere/plan.toml", "."])
+def test_where_a_plan_cannot_be_written_is_said_before_the_work(tmp_path, place):
+    (tmp_path / "plan.toml").write_text("mine")
+    budget, calibration = Budget(targets=("macs=70%",)), Calibrate(data="idx:nowhere")
+    with pytest.raises(ArtifactError, match=r"exists; --force|can't be written"):
+        pipeline.budget(PART, budget, calibration, SETTINGS, save_plan=tmp_path / place)
+    assert (tmp_path / "plan.toml").read_text() == "mine"
+
+
+MODEL = 'lcc = 1\n[model]\nsource = "zoo:cifar_resnet20"\nweights = "none"\n'
+WITHIN = '[budget]\ntargets = ["macs=50%"]\n'
+IMAGES = '[calibrate]\ndata = "idx:x"\n'
+BY_HAND = '[[convert]]\nmatch = "*"\nmethod = { name = "linear_mix" }\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (MODEL + WITHIN + IMAGES + BY_HAND, "both decide"),
+        (MODEL + WITHIN, r"\[budget\] needs \[calibrate\]"),
+        (MODEL + IMAGES + "[budget]\n", "targets"),
+        (MODEL + IMAGES + "[budget]\ntargets = []\n", "targets"),
+        (MODEL + IMAGES + WITHIN.replace("macs", "speed"), "budget.targets: .*'speed' is none of"),
+        (MODEL + IMAGES + WITHIN.replace("50%", "150%"), "budget.targets: .*150% of what it costs now"),
+        (MODEL + IMAGES + WITHIN + 'methods = ["linear_mx"]', "budget.methods: .*linear_mx"),
+        (MODEL + IMAGES + WITHIN + "target = 3", "budget.target: .*did you mean 'targets'"),
+    ],
+)
+def test_a_recipe_with_a_budget_that_makes_no_sense_is_refused(tmp_path, text, words):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=words):
+        recipes.load(path)
+    path.write_text(MODEL + WITHIN + IMAGES)
+    assert recipes.load(path).budget == Budget(targets=("macs=50%",))
