@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from small_data import idx_data
 
 from lcc.cli import main
 
@@ -30,6 +31,12 @@ def same_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data set of 48 images to train on and 12 to test on."""
+    return idx_data(tmp_path / "data")
 
 
 @pytest.fixture

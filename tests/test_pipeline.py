@@ -23,11 +23,6 @@ SETTINGS = Settings(device="cpu", threads=1, say=lambda _: None)
 pytestmark = pytest.mark.usefixtures("same_threads")
 
 
-@pytest.fixture
-def data(tmp_path):
-    return idx_data(tmp_path / "data")
-
-
 def run(folder, **parts):
     return whole_run.run(Recipe(lcc=1, **parts), "", folder, SETTINGS)
 

@@ -1,3 +1,5 @@
+"""Training runs: resumed to the same bits, stopped in words, and what they give and report."""
+
 from __future__ import annotations
 
 import math
@@ -10,25 +12,16 @@ import pytest
 import torch
 from small_data import Form, idx_data, image_folder, tiny_network
 from torch import nn
-from training_process import calls_in_training, differences, killed_run, options, train
+from training_process import CPU, calls_in_training, differences, killed_run, options, train
 
 from lcc import checkpoints
-from lcc.batches import eval_batches, train_batches
-from lcc.data import open_eval, open_split
+from lcc.batches import eval_batches
+from lcc.data import open_eval
 from lcc.errors import DataError, InterruptedRunError, RecipeError, TrainingError
 from lcc.evaluation import evaluate
-from lcc.steps import Stepper, Teacher
 from lcc.train import finetune
 
-CPU = torch.device("cpu")
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def data(tmp_path):
-    return idx_data(tmp_path / "data")
 
 
 def run(data, folder=None, model=None, **changes):
@@ -38,7 +31,7 @@ def run(data, folder=None, model=None, **changes):
     return finetune(model, Form(), options(data, **changes), checkpoint_dir=folder, device="cpu", **keywords)
 
 
-# resume
+# Resuming
 
 
 def test_a_run_killed_at_a_step_resumes_to_the_same_bits(tmp_path, data):
@@ -76,6 +69,15 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_that_goes_on_exa
 def test_a_finished_run_resumes_to_its_own_result(tmp_path, data):
     first = train(data, tmp_path / "run")
     assert differences(first, train(data, tmp_path / "run", resume=True)) == []
+
+
+def test_a_run_with_adam_and_steps_resumes_to_the_same_bits(tmp_path, data):
+    changes = {"optimizer": "adam", "schedule": "step", "decay_epochs": 1, "lr": 0.01, "crop": "resize"}
+    whole = train(data, None, **changes)
+    hook = calls_in_training(9, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(InterruptedRunError):
+        train(data, tmp_path / "run", hook=hook, **changes)
+    assert differences(whole, train(data, tmp_path / "run", resume=True, **changes)) == []
 
 
 def test_the_run_neither_uses_nor_changes_the_callers_generators(data):
@@ -152,7 +154,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path, data):
         run(data, tmp_path / "run", epochs=1)
 
 
-# failures
+# Failures
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_good_weights(tmp_path, data):
@@ -220,7 +222,7 @@ def test_an_unknown_device_is_refused(data):
         finetune(tiny_network(), Form(), options(data), device="warp")
 
 
-# results
+# Results
 
 
 def test_training_learns_and_reports_the_last_epoch(data):
@@ -288,193 +290,3 @@ def test_a_good_teacher_is_not_warned_of(data):
     assert run(data, model=teacher, epochs=8, lr=0.2, crop="none").accuracy.top1 > 90
     run(data, epochs=1, teacher=teacher, say=notes.append)
     assert not any(note.startswith("warning") for note in notes)
-
-
-def test_the_learning_rate_rises_linearly_then_falls_as_half_a_cosine(data):
-    stepper = Stepper(tiny_network(), options(data, lr=0.4, warmup=0.25), steps=40, classes=3)
-    rates = []
-    for step in range(40):
-        stepper.take(step, torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
-        rates.append(stepper.lr)
-    rise = [0.4 * (1 / 11 + step / 10 * (10 / 11)) for step in range(10)]
-    fall = [0.4 * (1 + math.cos(math.pi * step / 30)) / 2 for step in range(30)]
-    assert rates == pytest.approx(rise + fall, abs=1e-12)
-
-
-@pytest.mark.parametrize(("warmup", "rise"), [(0.0, []), (0.1, [0.01 / 3, 0.02 / 3])])
-def test_the_learning_rate_falls_in_steps_counted_in_epochs_from_the_start(data, warmup, rise):
-    changes = {"schedule": "step", "decay_rate": 0.5, "decay_epochs": 2, "warmup": warmup, "epochs": 5}
-    stepper = Stepper(tiny_network(), options(data, lr=0.01, **changes), steps=20, classes=3)
-    rates = []
-    for step in range(20):
-        stepper.take(step, torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
-        rates.append(stepper.lr)
-    want = [0.01] * 8 + [0.005] * 8 + [0.0025] * 4
-    assert rates == pytest.approx(rise + want[len(rise) :], abs=1e-12)
-
-
-def test_adam_has_its_usual_constants(data):
-    options_ = options(data, optimizer="adam", lr=0.01, weight_decay=0.0)
-    optimizer = Stepper(tiny_network(), options_, steps=2, classes=3).optimizer.optimizer
-    assert type(optimizer) is torch.optim.Adam
-    for group in optimizer.param_groups:
-        assert (group["betas"], group["eps"], group["amsgrad"]) == ((0.9, 0.999), 1e-8, False)
-
-
-def test_a_run_with_adam_and_steps_resumes_to_the_same_bits(tmp_path, data):
-    changes = {"optimizer": "adam", "schedule": "step", "decay_epochs": 1, "lr": 0.01, "crop": "resize"}
-    whole = train(data, None, **changes)
-    hook = calls_in_training(9, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(InterruptedRunError):
-        train(data, tmp_path / "run", hook=hook, **changes)
-    assert differences(whole, train(data, tmp_path / "run", resume=True, **changes)) == []
-
-
-def test_the_loss_is_labels_and_teacher_in_the_stated_shares(data):
-    student, teacher = tiny_network(), tiny_network(seed=1)
-    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    y = np.array([0, 2, 1, 1])
-    s = student.train()(x).detach().double().numpy()
-    t = teacher.eval()(x).detach().double().numpy()
-
-    def softmax(z):
-        return np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
-
-    labels = -np.log(softmax(s)[np.arange(4), y]).mean()
-    p, q = softmax(t / 3), softmax(s / 3)
-    apart = 9 * (p * np.log(p / q)).sum(axis=1).mean()
-    stepper = Stepper(
-        tiny_network().train(), options(data, distill=0.3, temperature=3.0), steps=10, classes=3
-    )
-    stepper.teacher = Teacher.make(teacher, Form(), Form(), CPU)
-    loss, right = stepper.take(0, x, torch.from_numpy(y))
-    assert loss.item() == pytest.approx(0.7 * labels + 0.3 * apart, rel=1e-5)
-    assert right.item() == (s.argmax(axis=1) == y).sum()
-
-
-def test_the_teacher_sees_images_under_its_own_normalisation():
-    own = Form(mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
-    pixels = torch.rand(2, 3, 8, 8)
-
-    def normalised(form):
-        return (pixels - torch.tensor(form.mean).view(3, 1, 1)) / torch.tensor(form.std).view(3, 1, 1)
-
-    teacher = Teacher.make(nn.Identity(), own, Form(), CPU)
-    torch.testing.assert_close(teacher(normalised(Form())), normalised(own), rtol=0, atol=1e-5)
-
-
-def test_weight_decay_spares_biases_and_norms_unless_asked(data):
-    def decayed(**changes):
-        stepper = Stepper(tiny_network(), options(data, weight_decay=0.1, **changes), steps=2, classes=3)
-        return sum(len(group["params"]) for group in stepper.optimizer.param_groups if group["weight_decay"])
-
-    assert decayed() == 2
-    assert decayed(decay_norms=True) == 5
-
-
-class _Fixed(nn.Module):
-    """Ranks the classes 0, 1, 2, ... for every image."""
-
-    def __init__(self, classes):
-        super().__init__()
-        self.classes = classes
-
-    def forward(self, x):
-        return -torch.arange(self.classes).float().expand(len(x), -1)
-
-
-def test_top_1_and_top_5_count_the_right_guesses(tmp_path):
-    text = idx_data(tmp_path, test=40, classes=8)
-    accuracy = evaluate(_Fixed(8), eval_batches(open_eval(text), Form(), batch_size=7), device="cpu")
-    assert (accuracy.top1, accuracy.top5, accuracy.images) == (100 / 8, 500 / 8, 40)
-
-
-def test_top_5_is_not_told_for_five_classes(tmp_path):
-    text = idx_data(tmp_path, test=40, classes=5)
-    assert evaluate(_Fixed(5), eval_batches(open_eval(text), Form()), device="cpu").top5 is None
-
-
-def test_evaluation_leaves_every_module_in_its_own_mode(data):
-    model = tiny_network().train()
-    model[1].eval()
-    before = [module.training for module in model.modules()]
-    evaluate(model, eval_batches(open_eval(data), Form()), device="cpu")
-    assert [module.training for module in model.modules()] == before
-
-
-# batches
-
-
-def stream(text, start=0, workers=0, epochs=2, **changes):
-    split = open_split(text, "train")
-    batches = train_batches(
-        split, Form(), options(text, epochs=epochs, **changes), start=start, workers=workers
-    )
-    return list(batches.on(CPU))
-
-
-def same(one, two):
-    return len(one) == len(two) and all(
-        torch.equal(a, b)
-        for left, right in zip(one, two, strict=True)
-        for a, b in zip(left, right, strict=True)
-    )
-
-
-@pytest.mark.parametrize(
-    "changes", [{}, {"crop": "resize"}, {"auto_augment": "rand-m5", "random_erase": 0.5}]
-)
-def test_a_stream_begun_later_is_the_end_of_the_whole_one(data, changes):
-    whole = stream(data, **changes)
-    assert len(whole) == 12
-    assert same(stream(data, start=7, **changes), whole[7:])
-
-
-def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
-    text = image_folder(tmp_path, {"train": {"a": 24, "b": 24}})
-    changes = {"crop": "resize", "auto_augment": "rand-m5", "random_erase": 0.5}
-    assert same(stream(text, **changes), stream(text, workers=2, **changes))
-
-
-def test_every_epoch_shows_every_image_once_in_another_order(data):
-    batches = stream(data, crop="none", hflip=0.0)
-    plain = open_split(data, "train")
-    pixels = torch.stack([torch.from_numpy(np.array(plain.images[i][0])) for i in range(48)]).permute(
-        0, 3, 1, 2
-    )
-    expected = {tuple(image.flatten().tolist()) for image in pixels}
-    shape = (1, 3, 1, 1)
-    epochs = []
-    for half in (batches[:6], batches[6:]):
-        images = torch.cat([x for x, _ in half])
-        images = (images * torch.tensor(Form().std).view(shape) + torch.tensor(Form().mean).view(shape)) * 255
-        epochs.append([tuple(image.round().int().flatten().tolist()) for image in images])
-    assert set(epochs[0]) == set(epochs[1]) == expected
-    assert epochs[0] != epochs[1]
-
-
-def test_a_shifted_crop_moves_the_image_by_up_to_four_pixels_and_flips_half(tmp_path):
-    import lcc.augment as b
-
-    pixels = np.arange(1, 65, dtype=np.uint8).reshape(1, 1, 8, 8).repeat(3, axis=1)
-    padded = np.pad(pixels[0], ((0, 0), (4, 4), (4, 4)))
-    windows = {
-        padded[:, y : y + 8, x : x + 8][:, :, ::step].tobytes(): (y, x, step)
-        for y in range(9)
-        for x in range(9)
-        for step in (1, -1)
-    }
-    count = 4000
-    bits = b.mixed_bits(0, 0, np.arange(count))
-    moved = b.shift_and_flip(pixels.repeat(count, axis=0), bits, 4, 0.5)
-    seen = [windows[image.tobytes()] for image in moved]
-    assert len(set(seen)) == 9 * 9 * 2
-    assert abs(sum(step == -1 for _, _, step in seen) / count - 0.5) < 0.03
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_met_while_training_is_named_by_its_path(tmp_path, workers):
-    text = image_folder(tmp_path, {"train": {"a": 8}})
-    (tmp_path / "train" / "a" / "3.png").write_bytes(b"damaged")
-    with pytest.raises(DataError, match=r"^\S*train/a/3\.png: damaged image"):
-        stream(text, workers=workers, crop="resize")

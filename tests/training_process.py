@@ -19,6 +19,7 @@ from lcc.train import TrainResult, finetune
 if TYPE_CHECKING:
     from pathlib import Path
 
+CPU = torch.device("cpu")
 EVERYTHING = {
     "auto_augment": "rand-m5-mstd0.5",
     "random_erase": 0.5,
