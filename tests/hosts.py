@@ -211,6 +211,10 @@ GEOMETRIES = [
 ]
 
 
+def count_params(model):
+    return sum(p.numel() for p in model.parameters())
+
+
 def hooks_of(model):
     kinds = [key for key in vars(nn.Module()) if "hooks" in key]
     return [(name, key, list(vars(m)[key])) for name, m in model.named_modules() for key in kinds]

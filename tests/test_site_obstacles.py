@@ -11,6 +11,8 @@ from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import nn
 from torch.nn.utils import prune
 
+from lcc.surgery import find_sites
+
 
 class OwnConv(nn.Conv2d):
     def forward(self, x):
@@ -67,6 +69,24 @@ def test_a_convolution_whose_weight_the_host_reads_is_refused():
 
 def test_the_other_convolution_of_a_host_that_reads_weights_is_not_refused():
     assert obstacle_of(seeded(ReadsWeight), "called") is None
+
+
+def test_a_conv_whose_weight_its_host_reads_is_refused():
+    class Host(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.read = nn.Conv2d(4, 4, 3, padding=1)
+            self.called = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            return self.called(self.read(x.to(self.read.weight.dtype)))
+
+    host = Host()
+    read, called = find_sites(host, torch.zeros(1, 4, 8, 8))
+    assert "reads its weight" in read.obstacle
+    assert called.obstacle is None
+    assert type(host.read) is type(host.called) is nn.Conv2d
+    assert not {"read_by_host", "runs"} & (vars(host.read).keys() | vars(host.called).keys())
 
 
 def test_auxiliary_heads_that_eval_mode_skips_are_refused():
