@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 
 import pytest
@@ -37,6 +38,17 @@ def same_threads():
 def data(tmp_path):
     """A data set of 48 images to train on and 12 to test on."""
     return idx_data(tmp_path / "data")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Fail where the network is touched."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("touched the network")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
 
 
 @pytest.fixture

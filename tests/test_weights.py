@@ -7,6 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_sources import assert_same
 from torch import nn
 
 from lcc import weights
@@ -34,12 +35,6 @@ def refusal(path, **options) -> str:
     assert "\n" not in text
     assert str(path) in text
     return text
-
-
-def assert_same(got, want):
-    assert got.keys() == want.keys()
-    for name in want:
-        assert torch.equal(got[name], want[name]), name
 
 
 # --- what is inside a file
