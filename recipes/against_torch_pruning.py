@@ -1,0 +1,153 @@
+"""lcc beside the torch-pruning package: the same files, epochs, teacher and seeds, in one table.
+
+python recipes/against_torch_pruning.py -o runs/against --networks 20 32 --ratios 2.1 2.6 --seeds 0 1 2
+
+Run it in a folder with data/ and weights/ as cifar10-resnet20-dense.toml says. For every network and
+seed, the dense network is fine-tuned (`dense`). It then teaches the others, which all get as many epochs
+again: itself (`again`), lcc's plan for each ratio (`lcc-2.1`, by cifar10-resnet20-budget.toml), and
+torch-pruning's network (`pruned-2.1`). All are timed together in ONNX Runtime; the table is printed, and
+kept in OUT/table.md. It goes on where it was stopped. `--jobs` trains so many at once; `--rows` trains
+some rows only. A row takes 20 to 40 minutes on one CPU core. Needs `pip install torch-pruning`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+
+from lcc import artifact
+from lcc.counts import count_macs, count_params
+from lcc.export import to_onnx
+from lcc.measure import bench_onnx
+
+HERE = Path(__file__).parent
+DATA = "imagefolder:data/cifar10"
+WEIGHTS = {20: "weights/resnet20-12fca82f.th", 32: "weights/resnet32-d509ac18.th"}
+ROUNDS = 30
+
+
+def command(row: str, folder: Path, layers: int, seed: int, given: argparse.Namespace) -> list[str]:
+    """Return the command that trains a row."""
+    kind, _, ratio = row.partition("-")
+    dense, out = folder / "dense", folder / row
+    if kind == "pruned":
+        script = [sys.executable, f"{HERE}/torch_pruning_baseline.py", f"{dense}", DATA, ratio]
+        return [*script, "-o", f"{out}", "--epochs", f"{given.epochs}", "--seed", f"{seed}", "--resume"]
+    options = ["-o", f"{out}", "--threads", f"{given.threads}", "--workers", "0", "--resume"]
+    if kind == "again":
+        terms = ("distill=0.9", 'precision="bf16"', "channels_last=true", f"seed={seed}")
+        options += [f"--data={DATA}", f"--teacher={dense}", f"--epochs={given.epochs}", "--lr=0.05"]
+        return ["lcc", "finetune", f"{dense}", *options, *(f"--set={term}" for term in terms)]
+    if kind == "dense":
+        recipe, terms = (
+            "dense",
+            (f'model.source="{WEIGHTS[layers]}"', f'model.arch="zoo:cifar_resnet{layers}"'),
+        )
+    else:
+        target = f'budget.targets=["macs={100 / float(ratio):.2f}%"]'
+        recipe, terms = "budget", (target, f'model.source="{dense}"', f'teacher.source="{dense}"')
+    terms = (*terms, f"finetune.seed={seed}", f"finetune.epochs={given.epochs}")
+    script = ["lcc", "run", f"{HERE}/cifar10-resnet20-{recipe}.toml", "--no-latency"]
+    return [*script, *options, *(f"--set={term}" for term in terms)]
+
+
+def done(row: str, folder: Path) -> bool:
+    return (folder / row / "manifest.json").exists() or (folder / f"{row}.json").exists()
+
+
+def train(rows: list[str], layers: int, seed: int, given: argparse.Namespace) -> None:
+    """Train what is missing of a network's rows for one seed. Raises: SystemExit: one failed; its log."""
+    folder = given.out / f"resnet{layers}-seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        if not done(row, folder):
+            words = command(row, folder, layers, seed, given)
+            print("$", *words, flush=True)
+            with (folder / f"{row}.log").open("a") as log:
+                failed = subprocess.run(words, check=False, stdout=log, stderr=log).returncode
+            if failed:
+                raise SystemExit(f"{folder / row}.log: {Path(log.name).read_text().splitlines()[-1]}")
+
+
+def numbers(row: str, folder: Path) -> dict[str, float]:
+    """Return the costs of a trained row, and its top-1 after the last epoch."""
+    if row.startswith("pruned"):
+        kept = json.loads((folder / f"{row}.json").read_text())
+        return {"macs": kept["macs"], "params": kept["params"], "top1": kept["top1_by_epoch"][-1]}
+    loaded, manifest, _ = artifact.load(folder / row)
+    channels, size = len(loaded.preprocessing.mean), loaded.preprocessing.image_size
+    macs = count_macs(loaded.model, loaded.model.conv1.weight.new_zeros(1, channels, *size)).macs
+    return {
+        "macs": macs,
+        "params": count_params(loaded.model),
+        "top1": manifest.history[-1].metrics["top1"],
+    }
+
+
+def onnx_file(row: str, folder: Path) -> Path:
+    path = folder / f"{row}.onnx"
+    if not path.exists():
+        loaded, manifest, _ = artifact.load(folder / row)
+        to_onnx(loaded, path, manifest.plan)
+    return path
+
+
+def table(rows: list[str], layers: int, given: argparse.Namespace) -> list[str]:
+    """Return a network's rows as Markdown, means over the seeds that are there, timed as the first seed's."""
+    folders = [given.out / f"resnet{layers}-seed{seed}" for seed in given.seeds]
+    there = [row for row in rows if done(row, folders[0])]
+    bench = bench_onnx({row: onnx_file(row, folders[0]) for row in there}, rounds=ROUNDS)
+    lines = [
+        f"| ResNet-{layers} | MACs | parameters | top-1 | under dense trained as long | times faster |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    found = {row: [numbers(row, folder) for folder in folders if done(row, folder)] for row in there}
+    for row, each in found.items():
+        top1 = [one["top1"] for one in each]
+        spread = f" ± {stdev(top1):.2f}" if len(top1) > 1 else ""
+        lost = mean(one["top1"] for one in found.get("again", found["dense"])) - mean(top1)
+        speed = bench.speedups.get(row)
+        faster = f"{speed.median:.2f} ({speed.p10:.2f} to {speed.p90:.2f})" if speed else ""
+        costs = f"{mean(one['macs'] for one in each) / 1e6:.2f}M | {mean(one['params'] for one in each):,.0f}"
+        lines.append(
+            f"| {row} | {costs} | {mean(top1):.2f} %{spread} (n = {len(top1)}) | {lost:.2f} | {faster} |"
+        )
+    return [*lines, "", f"{bench.conditions}", ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--networks", type=int, nargs="+", default=[20, 32], choices=sorted(WEIGHTS))
+    parser.add_argument("--ratios", nargs="+", default=["2.1", "2.6"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1)
+    given = parser.parse_args()
+    rows = [
+        "dense",
+        "again",
+        *(f"{kind}-{ratio}" for ratio, kind in product(given.ratios, ("lcc", "pruned"))),
+    ]
+    wanted = [row for row in rows if given.rows is None or row in given.rows]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        chains = [pool.submit(train, wanted, *one, given) for one in product(given.networks, given.seeds)]
+    for chain in chains:
+        chain.result()
+    lines = [line for layers in given.networks for line in table(rows, layers, given)]
+    (given.out / "table.md").write_text("\n".join(lines))
+    print(*lines, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
