@@ -11,7 +11,6 @@ from io import StringIO
 import pytest
 
 from lcc import cost_views
-from lcc.cli import main
 from lcc.cost_sweep import CostSweep, count_costs
 from lcc.errors import RecipeError
 from lcc.methods import METHODS
@@ -200,17 +199,9 @@ def test_an_axis_with_nothing_to_count_has_no_row_and_is_said(tmp_path):
     assert any("odd width 63" in text for text in texts)
 
 
-def run(monkeypatch, capsys, *arguments):
-    """Run `lcc bench` in this process; give its exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["lcc", "bench", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return stop.value.code or 0, *capsys.readouterr()
-
-
-def test_bench_counts_and_draws_every_method(monkeypatch, capsys, tmp_path):
-    code, out, err = run(
-        monkeypatch, capsys, "--sweep", "channels=64,128", "--costs", "--json", "--plot", tmp_path / "x.png"
+def test_bench_counts_and_draws_every_method(lcc_run, tmp_path):
+    code, out, err = lcc_run(
+        "bench", "--sweep", "channels=64,128", "--costs", "--json", "--plot", tmp_path / "x.png"
     )
     assert code == 0, err
     (sweep,) = [CostSweep.model_validate_json(json.dumps(entry)) for entry in json.loads(out)]
@@ -218,12 +209,12 @@ def test_bench_counts_and_draws_every_method(monkeypatch, capsys, tmp_path):
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_prints_what_is_counted_as_a_table_and_as_csv(monkeypatch, capsys):
+def test_bench_prints_what_is_counted_as_a_table_and_as_csv(lcc_run):
     what = ("--sweep", "channels=6,8", "--fixed", "size=8", "--costs", "--method", "linear_mix:group_size=4")
-    code, out, err = run(monkeypatch, capsys, *what)
+    code, out, err = lcc_run("bench", *what)
     assert code == 0, err
     assert "at channels 6: linear_mix(group_size=4) (conv): left out" in out
-    code, out, err = run(monkeypatch, capsys, *what, "--csv")
+    code, out, err = lcc_run("bench", *what, "--csv")
     rows = list(csv.DictReader(StringIO(out)))
     replaced = LinearMix(group_size=4).cost(conv(8), Size(height=8, width=8))
     assert [(row["operator"], row["channels"], row["params"]) for row in rows] == [
@@ -249,19 +240,17 @@ def test_bench_prints_what_is_counted_as_a_table_and_as_csv(monkeypatch, capsys)
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_can_not_be_counted_is_one_line(monkeypatch, capsys, tmp_path, arguments, said):
+def test_what_can_not_be_counted_is_one_line(lcc_run, monkeypatch, tmp_path, arguments, said):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(monkeypatch, capsys, *arguments)
+    code, out, err = lcc_run("bench", *arguments)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert said in err
 
 
-def test_without_matplotlib_a_plot_of_costs_is_refused_in_one_line(monkeypatch, capsys, tmp_path):
+def test_without_matplotlib_a_plot_of_costs_is_refused_in_one_line(lcc_run, monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    code, out, err = run(
-        monkeypatch, capsys, "--sweep", "channels", "--costs", "--plot", tmp_path / "growth.png"
-    )
+    code, out, err = lcc_run("bench", "--sweep", "channels", "--costs", "--plot", tmp_path / "growth.png")
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert "pip install 'lcc[plot]'" in err

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from norms import lived_in
 from torch import nn
 from torch.nn import functional as F
 
@@ -43,15 +44,6 @@ def tiny(*, bottleneck: bool, seed: int = 0) -> ResNetMg:
     torch.manual_seed(seed)
     network = ResNetMg((1, 2), 2, 4, widths=(4, 8), bottleneck=bottleneck, num_classes=3)
     return lived_in(network)
-
-
-def lived_in(network: nn.Module) -> nn.Module:
-    """Give the norms statistics and scales that no start has."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
-                tensor.uniform_(0.5, 1.5)
-    return network.eval()
 
 
 def test_the_networks_are_in_the_zoo():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from norms import normalised
 from small_data import Form, idx_data
 from torch import nn
 from torch.nn import functional as F
@@ -106,13 +107,6 @@ def test_images_of_any_size_give_one_score_for_each_class(step, shape):
     assert network.num_classes == 7
     assert scores.shape == (2, 7)
     assert scores.isfinite().all()
-
-
-def normalised(state, name, x):
-    mean, var, weight, bias = (
-        state[f"{name}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
-    )
-    return (x - mean) / (var + 1e-5).sqrt() * weight + bias
 
 
 def resnet_step(state, name, x):

@@ -106,7 +106,7 @@ COSTS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "diffusion"), COSTS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("method", "diffusion"), COSTS, ids=[str(method) for method, _ in COSTS])
 @pytest.mark.parametrize(("channels", "kernel"), [(16, (3, 3)), (7, (5, 3)), (3, (1, 1))])
 @pytest.mark.parametrize("of", [step, conv])
 def test_the_cost_is_that_of_the_formula(method, diffusion, channels, kernel, of):

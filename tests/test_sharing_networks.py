@@ -6,6 +6,7 @@ from collections import defaultdict
 import onnx
 import pytest
 import torch
+from norms import lived_in, normalised
 from small_data import idx_data
 from torch import nn
 from torch.nn import functional as F
@@ -66,15 +67,6 @@ def small_mixer(*, shared: bool, seed: int = 0) -> ConvMixer:
 def small_se_resnet(*, shared: bool, seed: int = 0) -> SeResNet:
     torch.manual_seed(seed)
     return lived_in(SeResNet(2, num_classes=3, shared_stages=(1, 2, 3) if shared else ()))
-
-
-def lived_in(network: nn.Module) -> nn.Module:
-    """Give the norms statistics and scales that no start has."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
-                tensor.uniform_(0.5, 1.5)
-    return network.eval()
 
 
 SMALL = {"convmixer": small_mixer, "se_resnet": small_se_resnet}
@@ -145,13 +137,6 @@ def test_macs_of_a_convmixer_are_1_414_giga(name):
     pixel = 3 * 256 + 16 * (256 * 81 + 256 * 256)
     assert count.macs == 32 * 32 * pixel + 256 * 10
     assert count.macs / 1e9 == pytest.approx(1.414, abs=5e-4)
-
-
-def normalised(state, name, x):
-    mean, var, weight, bias = (
-        state[f"{name}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
-    )
-    return (x - mean) / (var + 1e-5).sqrt() * weight + bias
 
 
 def gelu(x):

@@ -11,7 +11,6 @@ import torch
 from onnx_graphs import make, serialised
 
 from lcc import measure, operator_timing, plots, sweep_views
-from lcc.cli import main
 from lcc.errors import CheckFailedError, RecipeError
 from lcc.methods import METHODS, Lowering
 from lcc.methods.linear_mix import LinearMix
@@ -339,18 +338,10 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
         plots.check_plot(tmp_path / "sweep.png")
 
 
-def run(monkeypatch, capsys, *arguments):
-    """Run `lcc bench` in this process; give its exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["lcc", "bench", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return stop.value.code or 0, *capsys.readouterr()
-
-
-def test_bench_sweeps_operators(quick, monkeypatch, capsys, tmp_path):
+def test_bench_sweeps_operators(quick, lcc_run, tmp_path):
     what = ("--sweep", "channels=4,8", "--fixed", "size=8", "--method", "linear_mix:group_size=2")
     plot = ("--plot", tmp_path / "sweep.png")
-    code, out, err = run(monkeypatch, capsys, *what, "--batch", "2", "--json", *plot)
+    code, out, err = lcc_run("bench", *what, "--batch", "2", "--json", *plot)
     assert code == 0, err
     sweeps = [Sweep.model_validate_json(json.dumps(entry)) for entry in json.loads(out)]
     assert [(s.runtime, s.operators, s.conditions.batch) for s in sweeps] == [
@@ -360,10 +351,8 @@ def test_bench_sweeps_operators(quick, monkeypatch, capsys, tmp_path):
     assert (tmp_path / "sweep.png").is_file()
 
 
-def test_bench_prints_tables_of_the_sweep(quick, monkeypatch, capsys):
-    code, out, err = run(
-        monkeypatch, capsys, "--sweep", "size=8", "--fixed", "channels=4", "--method", "linear_mix"
-    )
+def test_bench_prints_tables_of_the_sweep(quick, lcc_run):
+    code, out, err = lcc_run("bench", "--sweep", "size=8", "--fixed", "channels=4", "--method", "linear_mix")
     assert code == 0, err
     assert "3.00\N{MULTIPLICATION SIGN}" in out
 
@@ -385,8 +374,8 @@ def test_bench_prints_tables_of_the_sweep(quick, monkeypatch, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_bench_can_not_do_is_one_line(monkeypatch, capsys, tmp_path, arguments, said):
+def test_what_bench_can_not_do_is_one_line(lcc_run, monkeypatch, tmp_path, arguments, said):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(monkeypatch, capsys, *arguments)
+    code, out, err = lcc_run("bench", *arguments)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert said in err
