@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
-from lcc.ops.fit import ArrowGram, ArrowWeights, relative_error
+from lcc.ops.fit import ArrowGram, ArrowWeights, best_ridge, relative_error
 
 COMMON, GROUPS, WIDTH, OUTPUTS = 5, 3, 4, 2
 SHAPES = [(5, 3, 4, 2), (1, 1, 1, 1), (4, 4, 8, 1), (6, 1, 3, 6), (3, 3, 0, 1)]
@@ -252,3 +253,22 @@ def test_relative_error_of_something_wrong_where_nothing_was_wanted_is_infinite(
 def test_relative_error_of_half_numbers_does_not_overflow():
     squares = torch.full((1000,), 60000.0, dtype=torch.float16)
     assert relative_error(squares, squares) == 1
+
+
+def test_solvers_use_one_thread_and_give_the_others_back(monkeypatch):
+    seen, solved = [], ArrowGram.solve
+
+    def solve(gram, *arguments):
+        seen.append(blas_threads())
+        return solved(gram, *arguments)
+
+    monkeypatch.setattr(ArrowGram, "solve", solve)
+    before = blas_threads()
+    best_ridge(gram_of(*samples()), gram_of(*samples(seed=1)), weights(), centered=False)
+    assert seen
+    assert all(set(threads) == {1} for threads in seen)
+    assert blas_threads() == before
+
+
+def blas_threads():
+    return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]

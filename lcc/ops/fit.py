@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cache
 from typing import ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import scipy.linalg
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)
@@ -71,6 +73,12 @@ class Solution(NamedTuple, Generic[W]):
     moments: Gram[W]
 
 
+@cache
+def _libraries() -> ThreadpoolController:
+    """Return what numpy and scipy compute with. Its idle threads spin, which takes torch's cores from it."""
+    return ThreadpoolController()
+
+
 def best_ridge(train: Gram[W], held_out: Gram[W], start: W, *, centered: bool) -> Solution[W]:
     """Return the ridge solution on all samples, with the ridge that has the least error on held-out ones.
 
@@ -83,12 +91,14 @@ def best_ridge(train: Gram[W], held_out: Gram[W], start: W, *, centered: bool) -
     if centered:
         train, held_out, everything = train.centered(), held_out.centered(), both.centered()
     start_error = held_out.squared_error(start).sum()
-    errors = {ridge: held_out.squared_error(train.solve(ridge, start)).sum() for ridge in RIDGES}
-    ridge = min(errors, key=lambda key: float(errors[key]))
-    helps = bool(errors[ridge] < start_error)
+    with _libraries().limit(limits=1, user_api="blas"):
+        errors = {ridge: held_out.squared_error(train.solve(ridge, start)).sum() for ridge in RIDGES}
+        ridge = min(errors, key=lambda key: float(errors[key]))
+        helps = bool(errors[ridge] < start_error)
+        weights = everything.solve(ridge, start) if helps else start
     norm = held_out.output_output
     return Solution(
-        weights=everything.solve(ridge, start) if helps else start,
+        weights=weights,
         ridge=ridge if helps else None,
         start_error=relative_error(start_error, norm),
         relative_error=relative_error(errors[ridge] if helps else start_error, norm),
@@ -136,17 +146,18 @@ class ArrowGram(Gram[ArrowWeights]):
         """Take in M samples: common (M, c), private (M, G, p), outputs (M, G, q)."""
         exact = torch.promote_types(common.dtype, torch.float32)
         common, private, outputs = common.to(exact), private.to(exact), outputs.to(exact)
-        energy = common.square().sum() + private.square().sum((0, 2)).amax()
-        self.rounding += torch.finfo(exact).eps * energy
         groups, width = private.shape[1:]
         self.count += len(common)
         self.common_sum += common.sum(0)
         self.private_sum += private.sum(0)
         self.output_sum += outputs.sum(0)
-        self.common_common += common.T @ common
+        commons, privates = common.T @ common, torch.einsum("mgp,mgr->gpr", private, private)
+        self.common_common += commons
         crossed = common.T @ private.flatten(1)
         self.common_private += crossed.reshape(common.shape[1], groups, width).transpose(0, 1)
-        self.private_private += torch.einsum("mgp,mgr->gpr", private, private)
+        self.private_private += privates
+        energy = commons.trace() + privates.diagonal(dim1=1, dim2=2).sum(1).amax()
+        self.rounding += torch.finfo(exact).eps * energy
         self.output_common += (outputs.flatten(1).T @ common).reshape(groups, -1, common.shape[1])
         self.output_private += torch.einsum("mgq,mgp->gqp", outputs, private)
         self.output_output += outputs.square().sum(0)
