@@ -167,6 +167,17 @@ def _as_value_error(parse: Callable[[str], object], text: str) -> None:
         raise ValueError(str(error)) from error
 
 
+class Progressive(Frozen):
+    """For deep cuts: convert in `stages`, from the input to the output, each with about as many sites.
+
+    After each but the last the network is trained for so many `epochs`, at a constant learning rate and
+    otherwise as [finetune] says, whose own epochs come after the last.
+    """
+
+    stages: Annotated[int, Field(ge=2)] = 2
+    epochs: Count = 1
+
+
 class Evaluate(Frozen):
     """Where top-1 and top-5 are measured; without it, on what [finetune] names."""
 
@@ -195,6 +206,7 @@ class Recipe(Frozen):
     convert: tuple[Rule, ...] = ()
     budget: Budget | None = None
     calibrate: Calibrate | None = None
+    progressive: Progressive | None = None
     teacher: ModelPart | None = None
     finetune: Finetune | None = None
     eval: Evaluate | None = None
@@ -209,6 +221,8 @@ class Recipe(Frozen):
             raise ValueError("[budget] needs [calibrate]: only images show what harms least")
         if self.calibrate is not None and not self.convert and self.budget is None:
             raise ValueError("[calibrate] has nothing to do without [[convert]]; add one or take it out")
+        if self.progressive is not None and (self.finetune is None or not (self.convert or self.budget)):
+            raise ValueError("[progressive] needs something to convert, and [finetune] to train in between")
         if self.teacher is not None and self.finetune is None:
             raise ValueError("[teacher] has nothing to do without [finetune]; add one or take it out")
         return self

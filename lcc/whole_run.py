@@ -13,6 +13,7 @@ from lcc.comparison import EVAL_BATCH, BenchOptions, measured_accuracy, on_data,
 from lcc.conversion import convert_network
 from lcc.export import check_file, to_onnx
 from lcc.pipeline import decided, exported_lines, onnx_beside, open_first, saved
+from lcc.progressive import Stages
 from lcc.settings import Settings, checkpoints_of, fits_of
 from lcc.tables import report_sheets, to_markdown
 from lcc.tuning import train_network
@@ -45,31 +46,40 @@ def run(
     artifact.check_target(directory, force=settings.force)
     if recipe.export is not None:
         check_file(onnx_beside(directory), force=settings.force)
-    stages = _Stages(recipe, settings)
+    stages = None
+    if recipe.progressive is not None:
+        stages = Stages(recipe, text, directory, settings, resume=resume, workers=workers)
+        stages.check()
+    rows = _Rows(recipe, settings)
     original = open_first(recipe.model, settings)
-    stages.add(original)
+    rows.add(original)
     network = original
     sites: tuple[Site, ...] = ()
     rules = decided(original, recipe.budget or recipe.convert, recipe.calibrate, settings)
-    if rules:
+    teacher = None if recipe.finetune is None else _recipe_teacher(recipe, original, settings)
+    if rules and stages is not None:
+        sites, network = stages.convert(original, rules, teacher)
+    elif rules:
         sites, network = convert_network(
             original, rules, recipe.calibrate, settings, fits=fits_of(directory), resume=resume
         )
+    if rules:
         network = network.but(name="converted")
-        stages.add(network, sites)
+        rows.add(network, sites)
     if recipe.finetune is not None:
-        teacher = _recipe_teacher(recipe, original, settings)
         network, result = train_network(
             network, recipe.finetune, teacher, directory, settings, resume=resume, workers=workers
         )
         network = network.but(name="fine-tuned")
     network = saved(network, directory, settings, recipe=text)
     fit_store.discard(fits_of(directory))
+    if stages is not None:
+        stages.discard()
     if recipe.finetune is not None:
         shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
-        stages.add(network, sites, accuracy=None if recipe.eval else result.accuracy)
+        rows.add(network, sites, accuracy=None if recipe.eval else result.accuracy)
     else:
-        stages.rows[-1] = stages.rows[-1].model_copy(update={"size_bytes": network.size_bytes})
+        rows.lines[-1] = rows.lines[-1].model_copy(update={"size_bytes": network.size_bytes})
     notes: tuple[str, ...] = ()
     if recipe.export is not None:
         chosen = recipe.export
@@ -84,11 +94,11 @@ def run(
             )
         )
     untimed = "converted" if recipe.finetune is not None else None
-    report = timed_report(tuple(stages.rows), tuple(stages.networks), options, settings, untimed=untimed)
+    report = timed_report(tuple(rows.lines), tuple(rows.networks), options, settings, untimed=untimed)
     return report.model_copy(update={"notes": (*report.notes, *notes)})
 
 
-class _Stages:
+class _Rows:
     """The networks of a run, each with its line of the report; only the last one keeps its layers."""
 
     def __init__(self, recipe: Recipe, settings: Settings) -> None:
@@ -96,7 +106,7 @@ class _Stages:
         self.batch_size = EVAL_BATCH if recipe.eval is None else recipe.eval.batch_size
         self.settings = settings
         self.networks: list[Network] = []
-        self.rows: list[ModelRow] = []
+        self.lines: list[ModelRow] = []
 
     def add(
         self, network: Network, sites: tuple[Site, ...] = (), *, accuracy: Accuracy | None = None
@@ -105,11 +115,11 @@ class _Stages:
         if accuracy is None and self.split is not None and not network.is_random:
             accuracy = measured_accuracy(network, self.split, self.settings, batch_size=self.batch_size)
             self.settings.say(f"{network.name}: {accuracy}")
-        self.rows = [row.model_copy(update={"layers": ()}) for row in self.rows]
+        self.lines = [row.model_copy(update={"layers": ()}) for row in self.lines]
         measured_on = None
         if self.split is not None and accuracy is not None:
             measured_on = on_data(self.split.text, self.split.name)
-        self.rows.append(network.row(accuracy=accuracy, data=measured_on, sites=sites))
+        self.lines.append(network.row(accuracy=accuracy, data=measured_on, sites=sites))
         self.networks.append(network)
 
 
