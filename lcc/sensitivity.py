@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lcc.errors import SourceError
+from lcc.ops.moments import moments
 from lcc.two_streams import device_of, images_at_once
 
 if TYPE_CHECKING:
@@ -203,8 +204,7 @@ def _slopes(
 
 def _with_moments_of(wanted: Tensor, got: Tensor) -> Tensor:
     """Return `got` with every channel's mean and variance those of `wanted`."""
-    axes = (0, 2, 3)
     (variance, mean), (new_variance, new_mean) = (
-        torch.var_mean(y, axes, correction=0, keepdim=True) for y in (wanted, got)
+        tuple(moment[:, None, None] for moment in moments(y)) for y in (wanted, got)
     )
     return (got - new_mean) * (variance / new_variance.clamp_min(1e-30)).sqrt() + mean

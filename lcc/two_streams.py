@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lcc.ops.moments import moments
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -77,7 +79,7 @@ class _TwoStreamNorm:
         return torch.cat([wanted, self._forward(converted_half, self.converted)])
 
     def _take_in(self, original_half: Tensor, converted_half: Tensor) -> None:
-        seen = (*_moments(original_half), *_moments(converted_half))
+        seen = (*moments(original_half), *moments(converted_half))
         self.count += len(original_half)
         share = len(original_half) / self.count
         self.moments = tuple(a.lerp(b, share) for a, b in zip(self.moments or seen, seen, strict=True))
@@ -100,19 +102,6 @@ class _TwoStreamNorm:
     def _set(self, statistics: tuple[Tensor, ...]) -> None:
         for tensor, value in zip(self.running, statistics, strict=True):
             tensor.copy_(value)
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return variance and mean of each channel of (N, C, ...), several times as fast as torch.var_mean.
-
-    About a value of the channel's own, so that a constant has no variance, and a large mean costs no digits.
-    """
-    exact = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (-1, 1)).flatten(2)
-    about = exact[:1, :, :1]
-    apart = exact - about
-    mean = apart.mean((0, 2))
-    variance = torch.linalg.vecdot(apart, apart).mean(0) / apart.shape[2] - mean.square()
-    return variance.clamp_min(0), mean + about[0, :, 0]
 
 
 def _each_half(norm: _BatchNorm, x: Tensor) -> Tensor:
