@@ -37,7 +37,7 @@ class Fit(Frozen):
 
 
 class Statistics(Protocol):
-    """What an operator wants to remember of its activations; fed batch by batch, never keeps them."""
+    """What an operator wants to remember of its activations; fed batch by batch."""
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Take in (N, C_in, H, W) inputs and the (N, C_out, H', W') outputs the original gave for its own."""

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcc.ops.fit import relative_error
+from lcc.ops.fit import HELD_OUT_EVERY, relative_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 Samples = tuple[Tensor, Tensor]  # inputs and wanted outputs, (N, C, H, W) each
 
-HELD_OUT_EVERY = 5  # every fifth image is not fitted to, and gives the errors
 MAX_NUMBERS = 2**27  # kept of the inputs, and of the outputs; later images are left out
 STEPS = 300
 POSITIONS = 32_768  # in the batch of a step

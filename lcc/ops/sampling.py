@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lcc.ops.fit import Gram, Solution, best_ridge
+from lcc.ops.fit import HELD_OUT_EVERY, Gram, Solution, best_ridge
 from lcc.ops.padding import pad
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from lcc.specs import ConvSpec
 
-HELD_OUT_EVERY = 5  # every fifth image judges the ridge and gives the reported error
 MIN_SAMPLES = 16_384  # positions looked at in each call, where there are as many
 SAMPLES_PER_UNKNOWN = 128
 CHUNK = 8_192  # samples at a time,
