@@ -13,7 +13,8 @@ from mgic_conv_reference import dense_kernel, mgic_conv_reference
 from torch import nn
 
 from lcc.methods.mgic import Mgic
-from lcc.ops.regression import HELD_OUT_EVERY, Activations
+from lcc.ops.fit import HELD_OUT_EVERY
+from lcc.ops.regression import Activations
 
 METHOD = Mgic(group_size=2, coarsest=4)
 CHANGES = Mgic(group_size=3, coarsest=4, change_channels=True)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lcc.methods.shared import Shared
 from lcc.ops import fit
-from lcc.ops.sampling import HELD_OUT_EVERY
+from lcc.ops.fit import HELD_OUT_EVERY
 
 TINY = 1e-13  # a ridge that does nothing
 
