@@ -65,12 +65,13 @@ def distance(student: Seen, teacher: Seen) -> Tensor:
 def _apart(got: Tensor, wanted: Tensor) -> Tensor:
     """Return the mean squared difference of normalised channels, (), from their variances and covariance.
 
-    So no normalised copy of the outputs is made: on a CPU that would take longer than the network itself.
+    In few passes over the outputs: on a CPU the plain way would take longer than the network itself.
     """
     x, y = _centred(got), _centred(wanted)
-    x_variance, y_variance, covariance = (
-        torch.linalg.vecdot(one, other) / x.shape[1] for one, other in ((x, x), (y, y), (x, y))
-    )
+    with torch.autocast(x.device.type, enabled=False):
+        x_variance, y_variance, covariance = (
+            torch.linalg.vecdot(one, other) / x.shape[1] for one, other in ((x, x), (y, y), (x, y))
+        )
     x_size, y_size = x_variance + EPS, y_variance + EPS
     alike = covariance * torch.rsqrt(x_size * y_size)
     apart: Tensor = x_variance / x_size + y_variance / y_size - 2 * alike
@@ -78,6 +79,6 @@ def _apart(got: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _centred(x: Tensor) -> Tensor:
-    """Return the channels of (N, C, ...) as rows of mean 0, float32 (C, values)."""
-    rows = x.float().movedim(1, 0).flatten(1)
+    """Return the channels of (N, C, ...) as rows of mean 0, (C, values), at least in float32."""
+    rows = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(1, 0).flatten(1)
     return rows - rows.mean(1, keepdim=True)

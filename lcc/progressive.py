@@ -1,4 +1,8 @@
-"""Progressive conversion: a plan carried out in stages, with some training after each but the last."""
+"""Progressive conversion: a plan carried out in stages, with some training after each but the last.
+
+Nothing but checkpoints and fits is kept in between: a resumed run converts every stage again, and takes its
+training from the last checkpoint, which knows what it is of.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,11 @@ import shutil
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from lcc import artifact, fit_store
+from lcc import checkpoints, fit_store
 from lcc.conversion import convert_network
-from lcc.directory import RECIPE
-from lcc.errors import RecipeError
+from lcc.errors import RecipeError, TrainingError
 from lcc.network import sites_of
-from lcc.pipeline import saved
-from lcc.plan import Kept, Plan, Rule, make_plan
-from lcc.recipe import ModelPart
+from lcc.plan import Plan, Rule, make_plan
 from lcc.settings import checkpoints_of, fits_of
 from lcc.tuning import train_network
 
@@ -22,117 +23,86 @@ if TYPE_CHECKING:
 
     from lcc.network import Network
     from lcc.plan import Site
-    from lcc.recipe import Finetune, Progressive, Recipe
+    from lcc.recipe import Calibrate, Finetune, Progressive
     from lcc.settings import Settings
 
 
-class Stages:
-    """The networks on the way to a converted one, each kept beside its directory: DIR.stage1 and so on."""
+def refuse_leftovers(progressive: Progressive, directory: Path) -> None:
+    """Make sure, before any long work, that no stage has checkpoints of an earlier run.
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        text: str,
-        directory: Path,
-        settings: Settings,
-        *,
-        resume: bool,
-        workers: int | None,
-    ) -> None:
-        assert recipe.progressive is not None
-        assert recipe.finetune is not None
-        self.progressive: Progressive = recipe.progressive
-        self.finetune: Finetune = recipe.finetune
-        self.calibrate = recipe.calibrate
-        self.text, self.directory, self.settings = text, directory, settings
-        self.resume, self.workers = resume, workers
-        self.places = [
-            directory.parent / f"{directory.name}.stage{number}"
-            for number in range(1, self.progressive.stages)
-        ]
+    Raises: TrainingError: one has.
+    """
+    for place in (*_places(progressive, directory), directory):
+        if checkpoints.newest(checkpoints_of(place)) is not None:
+            raise TrainingError(
+                f"{checkpoints_of(place)} has checkpoints of an earlier run: resume it, or remove the folder"
+            )
 
-    def check(self) -> None:
-        """Make sure, before any long work, that they can be kept.
 
-        Raises: ArtifactError: one can't be written. RecipeError: one is another recipe's.
-        """
-        for place in self.places:
-            if not (self.resume and place.exists()):
-                artifact.check_target(place, force=self.settings.force)
-            elif (place / RECIPE).read_text(encoding="utf-8") != self.text:
-                raise RecipeError(f"{place} is of another recipe; remove it, or take that recipe again")
-
-    def convert(
-        self, original: Network, rules: tuple[Rule, ...], teacher: Network | None
-    ) -> tuple[tuple[Site, ...], Network]:
-        """Return the sites of a network, and a copy converted as the rules say, part by part.
-
-        Raises: what conversion and training raise.
-        """
-        sites = sites_of(original)
-        plan = make_plan(sites, rules)
-        *firsts, last = parts_of(plan, sites, self.progressive.stages)
-        network = original
-        for part, place in zip(firsts, self.places, strict=False):
-            if self.resume and place.exists():
-                network = self.settings.open(ModelPart(source=str(place)))
-            else:
-                network = self._next(network, part, place, teacher)
-        network = self._converted(network, last, self.directory)
-        return sites, network.but(plan=_with_reasons(network.plan, plan))
-
-    def discard(self) -> None:
-        """Remove them, when they are needed no more."""
-        for place in self.places:
-            shutil.rmtree(place, ignore_errors=True)
-
-    def _converted(self, network: Network, part: tuple[Rule, ...], place: Path) -> Network:
-        _, converted = convert_network(
-            network, part, self.calibrate, self.settings, fits=fits_of(place), resume=self.resume
-        )
-        return converted
-
-    def _next(
-        self, network: Network, part: tuple[Rule, ...], place: Path, teacher: Network | None
-    ) -> Network:
-        """Return the network with one more part converted, trained and kept."""
-        network = self._converted(network, part, place)
-        options = self.finetune.model_copy(update={"epochs": self.progressive.epochs, "schedule": "constant"})
-        network, result = train_network(
-            network, options, teacher, place, self.settings, resume=self.resume, workers=self.workers
-        )
-        network = saved(network, place, self.settings, recipe=self.text)
-        fit_store.discard(fits_of(place))
+def discard_stages(progressive: Progressive, directory: Path) -> None:
+    """Remove what was kept of the stages before the last."""
+    for place in _places(progressive, directory):
         shutil.rmtree(checkpoints_of(place), ignore_errors=True)
-        self.settings.say(f"{place.name}: {len(network.plan.methods())} sites converted, {result.accuracy}")
-        return network
+        fit_store.discard(fits_of(place))
+
+
+def convert_in_stages(
+    original: Network,
+    rules: tuple[Rule, ...],
+    teacher: Network | None,
+    progressive: Progressive,
+    finetune: Finetune,
+    calibrate: Calibrate | None,
+    directory: Path,
+    settings: Settings,
+    *,
+    resume: bool,
+    workers: int | None,
+) -> tuple[tuple[Site, ...], Network]:
+    """Return the sites of a network, and a copy converted as the rules say, part by part.
+
+    After each part but the last the network is trained at a constant learning rate; checkpoints go to
+    DIR.stage1.checkpoints and so on.
+    Raises: RecipeError: kernels are shared; what conversion and training raise.
+    """
+    sites = sites_of(original)
+    plan = make_plan(sites, rules)
+    parts = parts_of(plan, sites, progressive.stages)
+    if len(parts) < progressive.stages:
+        settings.say(f"note: there are {len(parts)} sites to convert, so as many stages")
+    options = finetune.model_copy(update={"epochs": progressive.epochs, "schedule": "constant"})
+    places = (*_places(progressive, directory)[: len(parts) - 1], directory)
+    network = original
+    for part, place in zip(parts, places, strict=True):
+        _, network = convert_network(network, part, calibrate, settings, fits=fits_of(place), resume=resume)
+        if place != directory:
+            network, result = train_network(
+                network, options, teacher, place, settings, resume=resume, workers=workers
+            )
+            done = len(network.plan.methods())
+            settings.say(f"{place.name}: {done} of {len(plan.methods())} sites, {result.accuracy}")
+    return sites, network.but(plan=plan)
 
 
 def parts_of(plan: Plan, sites: tuple[Site, ...], count: int) -> tuple[tuple[Rule, ...], ...]:
     """Return the rules of so many stages, from the input to the output, each with about as many sites.
 
-    What shares a kernel stays together, with its first site. Fewer stages, where there is less to convert.
+    Fewer stages, where there are fewer sites.
+    Raises: RecipeError: kernels are shared, which takes all of their sites at once.
     """
-    order = {site.name: number for number, site in enumerate(sites)}
-    units = [
-        (unit, group.method)
-        for group in plan.groups
-        for unit in ([group.sites] if group.method.shares else [(name,) for name in group.sites])
-    ]
-    units.sort(key=lambda unit: order[unit[0][0]])
-    count = min(count, len(units))
+    methods = plan.methods()
+    if sharing := next((method for method in methods.values() if method.shares), None):
+        raise RecipeError(f"[progressive]: {sharing.name} fits all sites of a kernel at once; leave one out")
+    names = [site.name for site in sites if site.name in methods]
+    count = min(count, len(names))
+    cuts = [round(len(names) * number / count) for number in range(count + 1)]
     later = Rule(match=("*",), reason="not yet")
-    cuts = [round(len(units) * number / count) for number in range(count + 1)]
     return tuple(
-        (*(Rule(match=names, method=method) for names, method in units[start:end]), later)
+        (*(Rule(match=(name,), method=methods[name]) for name in names[start:end]), later)
         for start, end in pairwise(cuts)
     )
 
 
-def _with_reasons(done: Plan, decided: Plan) -> Plan:
-    """Return a plan that was carried out in parts, with the reasons why the rest stays as it is."""
-    reasons = {kept.site: kept.reason for kept in decided.kept}
-    kept = tuple(
-        Kept(site=one.site, reason=reasons.get(one.site, one.reason), kind=one.kind) for one in done.kept
-    )
-    return done.model_copy(update={"kept": kept})
+def _places(progressive: Progressive, directory: Path) -> list[Path]:
+    """Return what the checkpoints and fits of all stages but the last are named after."""
+    return [directory.parent / f"{directory.name}.stage{number}" for number in range(1, progressive.stages)]

@@ -13,7 +13,7 @@ from lcc.comparison import EVAL_BATCH, BenchOptions, measured_accuracy, on_data,
 from lcc.conversion import convert_network
 from lcc.export import check_file, to_onnx
 from lcc.pipeline import decided, exported_lines, onnx_beside, open_first, saved
-from lcc.progressive import Stages
+from lcc.progressive import convert_in_stages, discard_stages, refuse_leftovers
 from lcc.settings import Settings, checkpoints_of, fits_of
 from lcc.tables import report_sheets, to_markdown
 from lcc.tuning import train_network
@@ -46,10 +46,8 @@ def run(
     artifact.check_target(directory, force=settings.force)
     if recipe.export is not None:
         check_file(onnx_beside(directory), force=settings.force)
-    stages = None
-    if recipe.progressive is not None:
-        stages = Stages(recipe, text, directory, settings, resume=resume, workers=workers)
-        stages.check()
+    if recipe.progressive is not None and not resume:
+        refuse_leftovers(recipe.progressive, directory)
     rows = _Rows(recipe, settings)
     original = open_first(recipe.model, settings)
     rows.add(original)
@@ -57,8 +55,19 @@ def run(
     sites: tuple[Site, ...] = ()
     rules = decided(original, recipe.budget or recipe.convert, recipe.calibrate, settings)
     teacher = None if recipe.finetune is None else _recipe_teacher(recipe, original, settings)
-    if rules and stages is not None:
-        sites, network = stages.convert(original, rules, teacher)
+    if rules and recipe.progressive is not None and recipe.finetune is not None:
+        sites, network = convert_in_stages(
+            original,
+            rules,
+            teacher,
+            recipe.progressive,
+            recipe.finetune,
+            recipe.calibrate,
+            directory,
+            settings,
+            resume=resume,
+            workers=workers,
+        )
     elif rules:
         sites, network = convert_network(
             original, rules, recipe.calibrate, settings, fits=fits_of(directory), resume=resume
@@ -73,8 +82,8 @@ def run(
         network = network.but(name="fine-tuned")
     network = saved(network, directory, settings, recipe=text)
     fit_store.discard(fits_of(directory))
-    if stages is not None:
-        stages.discard()
+    if recipe.progressive is not None:
+        discard_stages(recipe.progressive, directory)
     if recipe.finetune is not None:
         shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
         rows.add(network, sites, accuracy=None if recipe.eval else result.accuracy)

@@ -32,14 +32,18 @@ WEIGHTS = {20: "weights/resnet20-12fca82f.th", 32: "weights/resnet32-d509ac18.th
 ROUNDS = 30
 
 
+def terms_of(out: Path, given: argparse.Namespace) -> list[str]:
+    return ["-o", f"{out}", "--threads", f"{given.threads}", "--resume"]
+
+
 def command(row: str, folder: Path, layers: int, seed: int, given: argparse.Namespace) -> list[str]:
     """Return the command that trains a row."""
     kind, _, ratio = row.partition("-")
     dense, out = folder / "dense", folder / row
     if kind == "pruned":
         script = [sys.executable, f"{HERE}/torch_pruning_baseline.py", f"{dense}", DATA, ratio]
-        return [*script, "-o", f"{out}", "--epochs", f"{given.epochs}", "--seed", f"{seed}", "--resume"]
-    options = ["-o", f"{out}", "--threads", f"{given.threads}", "--workers", "0", "--resume"]
+        return [*script, *terms_of(out, given), "--epochs", f"{given.epochs}", "--seed", f"{seed}"]
+    options = [*terms_of(out, given), "--workers", "0"]
     if kind == "again":
         terms = ("distill=0.9", 'precision="bf16"', "channels_last=true", f"seed={seed}")
         options += [f"--data={DATA}", f"--teacher={dense}", f"--epochs={given.epochs}", "--lr=0.05"]
@@ -72,7 +76,7 @@ def train(rows: list[str], layers: int, seed: int, given: argparse.Namespace) ->
             with (folder / f"{row}.log").open("a") as log:
                 failed = subprocess.run(words, check=False, stdout=log, stderr=log).returncode
             if failed:
-                raise SystemExit(f"{folder / row}.log: {Path(log.name).read_text().splitlines()[-1]}")
+                raise SystemExit(f"{folder / row}.log: {Path(log.name).read_text().strip()[-500:]}")
 
 
 def numbers(row: str, folder: Path) -> dict[str, float]:
@@ -107,16 +111,19 @@ def table(rows: list[str], layers: int, given: argparse.Namespace) -> list[str]:
         f"| ResNet-{layers} | MACs | parameters | top-1 | under dense trained as long | times faster |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    found = {row: [numbers(row, folder) for folder in folders if done(row, folder)] for row in there}
+    found = {row: {folder: numbers(row, folder) for folder in folders if done(row, folder)} for row in there}
+    again = {folder: one["top1"] for folder, one in found.get("again", {}).items()}
     for row, each in found.items():
-        top1 = [one["top1"] for one in each]
+        top1 = [one["top1"] for one in each.values()]
         spread = f" ± {stdev(top1):.2f}" if len(top1) > 1 else ""
-        lost = mean(one["top1"] for one in found.get("again", found["dense"])) - mean(top1)
+        under = [again[folder] - one["top1"] for folder, one in each.items() if folder in again]
+        lost = f"{mean(under):.2f} (n = {len(under)})" if under else ""
         speed = bench.speedups.get(row)
         faster = f"{speed.median:.2f} ({speed.p10:.2f} to {speed.p90:.2f})" if speed else ""
-        costs = f"{mean(one['macs'] for one in each) / 1e6:.2f}M | {mean(one['params'] for one in each):,.0f}"
+        macs, params = (mean(one[cost] for one in each.values()) for cost in ("macs", "params"))
+        costs = f"{macs / 1e6:.2f}M | {params:,.0f}"
         lines.append(
-            f"| {row} | {costs} | {mean(top1):.2f} %{spread} (n = {len(top1)}) | {lost:.2f} | {faster} |"
+            f"| {row} | {costs} | {mean(top1):.2f} %{spread} (n = {len(top1)}) | {lost} | {faster} |"
         )
     return [*lines, "", f"{bench.conditions}", ""]
 
@@ -139,6 +146,8 @@ def main() -> None:
         "again",
         *(f"{kind}-{ratio}" for ratio, kind in product(given.ratios, ("lcc", "pruned"))),
     ]
+    if unknown := set(given.rows or ()) - set(rows):
+        parser.error(f"--rows: {', '.join(sorted(unknown))}: there are {', '.join(rows)}")
     wanted = [row for row in rows if given.rows is None or row in given.rows]
     with ThreadPoolExecutor(given.jobs) as pool:
         chains = [pool.submit(train, wanted, *one, given) for one in product(given.networks, given.seeds)]

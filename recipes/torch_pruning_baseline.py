@@ -41,9 +41,11 @@ def pruned(model: torch.nn.Module, example: torch.Tensor, ratio: float, steps: i
         ignored_layers=heads,
     )
     wanted = count_macs(model, example).macs / ratio
-    while count_macs(model, example).macs > wanted:
+    for _ in range(steps):
         pruner.step()
-    return model
+        if count_macs(model, example).macs <= wanted:
+            return model
+    raise SystemExit(f"torch-pruning does not get to {ratio:g} times fewer MACs")
 
 
 def main() -> None:
@@ -57,8 +59,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     loaded = artifact.load(given.directory).loaded
     example = torch.randn(1, len(loaded.preprocessing.mean), *loaded.preprocessing.image_size)
     model = pruned(loaded.model, example, given.ratio)

@@ -34,6 +34,14 @@ def test_the_size_and_mean_of_channels_do_not_count():
     assert abs(float(distance({"conv": [moved]}, {"conv": [x]}))) < 1e-6
 
 
+def test_under_autocast_a_small_distance_is_not_rounded_off():
+    x = torch.randn(8, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    ours, theirs = {"conv": [x]}, {"conv": [x + 0.05 * x.roll(1, 0)]}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = distance(ours, theirs)
+    torch.testing.assert_close(got, distance(ours, theirs))
+
+
 def test_other_shapes_are_refused():
     with pytest.raises(
         RecipeError, match=r"features: conv gives \(2, 3, 4, 4\), the teacher's \(2, 3, 2, 2\)"

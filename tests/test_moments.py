@@ -23,3 +23,10 @@ def test_a_constant_has_no_variance_at_all():
     variance, mean = moments(torch.full((500, 2, 7, 7), 0.1))
     assert variance.tolist() == [0, 0]
     torch.testing.assert_close(mean, torch.full((2,), 0.1), rtol=0, atol=0)
+
+
+def test_one_value_far_off_costs_no_digits():
+    x = torch.randn(8, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    x[0, :, 0, 0] = 1e4
+    variance, _ = moments(x)
+    torch.testing.assert_close(variance.double(), x.double().var((0, 2, 3), correction=0), rtol=1e-5, atol=0)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from small_data import idx_data
 
-from lcc import progressive, whole_run
-from lcc.errors import ArtifactError, InterruptedRunError, RecipeError
+from lcc import checkpoints, whole_run
+from lcc.errors import RecipeError, TrainingError
 from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.reaction_diffusion import RdExplicit
 from lcc.methods.shared import Shared
 from lcc.network import sites_of
 from lcc.plan import Rule, make_plan
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PART = ModelPart(source="py:hosts:TinyResNet", weights="none", image_size=(8, 8), crop_pct=1.0)
 SETTINGS = Settings(device="cpu", threads=1, trust_code=True, say=lambda _: None)
 EVERYWHERE = (Rule(match=("*",), method=LinearMix()),)
+STEPS = (Rule(match=("*",), method=RdExplicit()),)
 SITES = ["layer1.conv1", "layer1.conv2", "layer2.conv1", "layer2.conv2"]
 
 
@@ -30,36 +32,40 @@ def data(tmp_path_factory):
     return idx_data(tmp_path_factory.mktemp("data"), train=48)
 
 
-def recipe_of(data, **options):
+def recipe_of(data, rules=EVERYWHERE, **options):
     return Recipe(
         lcc=1,
         model=PART,
-        convert=EVERYWHERE,
+        convert=rules,
         calibrate=Calibrate(data=data, images=16),
         progressive=Progressive(**options),
         finetune=Finetune(data=data, epochs=2, batch_size=16, distill=0.0),
     )
 
 
-def run(data, place, *, text="as given", resume=False, said=None, **options):
+def run(data, place, *, resume=False, said=None, **options):
     settings = Settings(device="cpu", threads=1, trust_code=True, say=([] if said is None else said).append)
-    whole_run.run(recipe_of(data, **options), text, place, settings, resume=resume)
+    whole_run.run(recipe_of(data, **options), "as given", place, settings, resume=resume)
     return settings.open(ModelPart(source=str(place)))
 
 
-def stopped(monkeypatch, data, place, *, after, **options):
-    """Run until the training number `after` (from 0), and stop before it."""
-    real, calls = progressive.train_network, []
+class KilledError(Exception):
+    """Stands for a signal that leaves no time for anything."""
 
-    def train(*arguments, **named):
-        if len(calls) == after:
-            raise InterruptedRunError("stopped")
+
+def killed(monkeypatch, data, place, *, call, **options):
+    """Run until checkpoint number `call` (from 0) is written, and no further."""
+    real, calls = checkpoints.write, []
+
+    def write(*arguments):
+        real(*arguments)
         calls.append(arguments)
-        return real(*arguments, **named)
+        if len(calls) > call:
+            raise KilledError
 
     with monkeypatch.context() as patched:
-        patched.setattr(progressive, "train_network", train)
-        with pytest.raises(InterruptedRunError):
+        patched.setattr(checkpoints, "write", write)
+        with pytest.raises(KilledError):
             run(data, place, **options)
 
 
@@ -82,40 +88,44 @@ def test_every_site_is_in_one_stage_from_the_input_to_the_output(count, sizes):
     assert all((rules[-1].match, rules[-1].method) == (("*",), None) for rules in parts)
 
 
-def test_what_shares_a_kernel_is_converted_at_once():
-    plan, sites = plan_of(
-        Rule(match=("layer1.*",), method=Shared()), Rule(match=("layer2.*",), method=LinearMix())
-    )
-    first, second = parts_of(plan, sites, 2)
-    assert {rule.match for rule in first[:-1]} == {("layer1.conv1", "layer1.conv2"), ("layer2.conv1",)}
-    assert [rule.match for rule in second[:-1]] == [("layer2.conv2",)]
+def test_shared_kernels_are_refused():
+    plan, sites = plan_of(Rule(match=("layer1.*",), method=Shared()), *EVERYWHERE)
+    with pytest.raises(RecipeError, match=r"\[progressive\]: shared fits all sites of a kernel at once"):
+        parts_of(plan, sites, 2)
 
 
 # A run
 
 
-def test_a_run_in_stages_ends_with_the_plan_of_one_at_once(tmp_path, data):
+@pytest.mark.parametrize("rules", [EVERYWHERE, STEPS], ids=["convolutions", "steps"])
+def test_a_run_in_stages_ends_with_the_plan_of_one_at_once(tmp_path, data, rules):
     said = []
-    got = run(data, tmp_path / "out", said=said, stages=2)
-    plan, _ = plan_of(*EVERYWHERE)
-    assert got.plan.methods() == plan.methods()
-    assert got.plan.kept == plan.kept
+    got = run(data, tmp_path / "out", said=said, rules=rules, stages=2)
+    assert got.plan == plan_of(*rules)[0]
     assert [event.kind for event in got.history] == ["convert", "train", "convert", "train"]
     lengths = [len(e.details["top1_by_epoch"].split()) for e in got.history if e.kind == "train"]
     assert lengths == [1, 2]
-    assert any("out.stage1: 2 sites converted" in line for line in said)
+    count = len(got.plan.methods())
+    assert any(f"out.stage1: {count // 2} of {count} sites" in line for line in said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-@pytest.mark.parametrize("after", [0, 1])
-def test_a_run_that_was_stopped_in_between_ends_with_the_same_weights(tmp_path, data, monkeypatch, after):
+def test_there_are_no_more_stages_than_sites(tmp_path, data):
+    said = []
+    got = run(data, tmp_path / "out", said=said, rules=STEPS, stages=5)
+    assert [event.kind for event in got.history].count("train") == 2
+    assert "note: there are 2 sites to convert, so as many stages" in said
+
+
+@pytest.mark.parametrize("call", range(4))  # there is a checkpoint after each epoch, and one epoch in a stage
+def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path, data, monkeypatch, call):
     wanted = run(data, tmp_path / "whole", stages=3).loaded.model.state_dict()
     place = tmp_path / "out"
-    stopped(monkeypatch, data, place, after=after, stages=3)
-    assert (tmp_path / "out.stage1").exists() == (after > 0)
-    got = run(data, place, resume=True, stages=3).loaded.model.state_dict()
-    assert got.keys() == wanted.keys()
-    assert all(torch.equal(tensor, wanted[key]) for key, tensor in got.items())
+    killed(monkeypatch, data, place, call=call, stages=3)
+    assert not place.exists()
+    got = run(data, place, resume=True, stages=3)
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in got.loaded.model.state_dict().items())
+    assert [event.kind for event in got.history] == ["convert", "train"] * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
@@ -123,13 +133,13 @@ def test_a_run_that_was_stopped_in_between_ends_with_the_same_weights(tmp_path, 
 
 
 def test_what_an_earlier_run_left_is_neither_lost_nor_taken_for_another(tmp_path, data, monkeypatch):
-    place = tmp_path / "out"
-    stopped(monkeypatch, data, place, after=1, stages=3)
-    with pytest.raises(ArtifactError, match=r"out\.stage1 exists"):
+    place, other = tmp_path / "out", idx_data(tmp_path / "data", train=64)
+    killed(monkeypatch, data, place, call=1, stages=3)
+    with pytest.raises(TrainingError, match=r"out\.stage1\.checkpoints has checkpoints of an earlier run"):
         run(data, place, stages=3)
-    with pytest.raises(RecipeError, match=r"out\.stage1 is of another recipe; remove it"):
-        run(data, place, text="another", resume=True, stages=3)
-    assert (tmp_path / "out.stage1").exists()
+    with pytest.raises(TrainingError, match="can't resume: the hash of the training data"):
+        run(other, place, resume=True, stages=3)
+    assert (tmp_path / "out.stage1.checkpoints").exists()
 
 
 @pytest.mark.parametrize("missing", ["finetune", "convert"])
