@@ -62,8 +62,14 @@ def begin(directory: Path | None, *, resume: bool, say: Callable[[str], None]) -
             say(f"note: no checkpoint in {directory}, starting from the beginning")
         return None
     if not resume:
-        raise TrainingError(f"{directory} has checkpoints of an earlier run: resume it, or remove the folder")
+        refuse_leftovers(checkpoint.parent)
     return read(checkpoint)
+
+
+def refuse_leftovers(directory: Path) -> None:
+    """Refuse to mix a new run with an old one's checkpoints. Raises: TrainingError: there are some."""
+    if newest(directory) is not None:
+        raise TrainingError(f"{directory} has checkpoints of an earlier run: resume it, or remove the folder")
 
 
 def refuse_another(kind: str, before: dict[str, Any], now: dict[str, Any]) -> None:

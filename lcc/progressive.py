@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lcc import checkpoints, fit_store
 from lcc.conversion import convert_network
-from lcc.errors import RecipeError, TrainingError
+from lcc.errors import RecipeError
 from lcc.network import sites_of
 from lcc.plan import Plan, Rule, make_plan
 from lcc.settings import checkpoints_of, fits_of
@@ -33,10 +33,7 @@ def refuse_leftovers(progressive: Progressive, directory: Path) -> None:
     Raises: TrainingError: one has.
     """
     for place in (*_places(progressive, directory), directory):
-        if checkpoints.newest(checkpoints_of(place)) is not None:
-            raise TrainingError(
-                f"{checkpoints_of(place)} has checkpoints of an earlier run: resume it, or remove the folder"
-            )
+        checkpoints.refuse_leftovers(checkpoints_of(place))
 
 
 def discard_stages(progressive: Progressive, directory: Path) -> None:

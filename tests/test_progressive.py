@@ -103,8 +103,10 @@ def test_a_run_in_stages_ends_with_the_plan_of_one_at_once(tmp_path, data, rules
     got = run(data, tmp_path / "out", said=said, rules=rules, stages=2)
     assert got.plan == plan_of(*rules)[0]
     assert [event.kind for event in got.history] == ["convert", "train", "convert", "train"]
-    lengths = [len(e.details["top1_by_epoch"].split()) for e in got.history if e.kind == "train"]
-    assert lengths == [1, 2]
+    between, last = (event.details for event in got.history if event.kind == "train")
+    assert [len(details["top1_by_epoch"].split()) for details in (between, last)] == [1, 2]
+    assert '"schedule":"constant"' in between["options"]
+    assert "schedule" not in last["options"]
     count = len(got.plan.methods())
     assert any(f"out.stage1: {count // 2} of {count} sites" in line for line in said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
