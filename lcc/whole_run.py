@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from lcc.data import Split
     from lcc.evaluation import Accuracy
     from lcc.network import Network
-    from lcc.plan import Site
-    from lcc.recipe import Recipe
+    from lcc.plan import Rule, Site
+    from lcc.recipe import Export, Recipe
     from lcc.report import ModelRow, Report
 
 DEMO = Path(__file__).parent / "demo"
@@ -50,12 +50,52 @@ def run(
         refuse_leftovers(recipe.progressive, directory)
     rows = _Rows(recipe, settings)
     original = open_first(recipe.model, settings)
+    rules = decided(original, recipe.budget or recipe.convert, recipe.calibrate, settings)
     rows.add(original)
+    teacher = None if recipe.finetune is None else _recipe_teacher(recipe, original, settings)
     network = original
     sites: tuple[Site, ...] = ()
-    rules = decided(original, recipe.budget or recipe.convert, recipe.calibrate, settings)
-    teacher = None if recipe.finetune is None else _recipe_teacher(recipe, original, settings)
-    if rules and recipe.progressive is not None and recipe.finetune is not None:
+    if rules:
+        sites, network = _converted(
+            original, rules, teacher, recipe, directory, settings, resume=resume, workers=workers
+        )
+        rows.add(network, sites)
+    accuracy = None
+    if recipe.finetune is not None:
+        network, result = train_network(
+            network, recipe.finetune, teacher, directory, settings, resume=resume, workers=workers
+        )
+        network = network.but(name="fine-tuned")
+        accuracy = None if recipe.eval else result.accuracy
+    network = saved(network, directory, settings, recipe=text)
+    _discard_leftovers(recipe, directory)
+    if recipe.finetune is not None:
+        rows.add(network, sites, accuracy=accuracy)
+    else:
+        rows.lines[-1] = rows.lines[-1].model_copy(update={"size_bytes": network.size_bytes})
+    notes = () if recipe.export is None else _exported(network, recipe.export, directory)
+    untimed = "converted" if recipe.finetune is not None else None
+    report = timed_report(tuple(rows.lines), tuple(rows.networks), options, settings, untimed=untimed)
+    return report.model_copy(update={"notes": (*report.notes, *notes)})
+
+
+def _converted(
+    original: Network,
+    rules: tuple[Rule, ...],
+    teacher: Network | None,
+    recipe: Recipe,
+    directory: Path,
+    settings: Settings,
+    *,
+    resume: bool,
+    workers: int | None,
+) -> tuple[tuple[Site, ...], Network]:
+    """Return the decided sites, and the network converted at once or, where a recipe says so, in stages."""
+    if recipe.progressive is None or recipe.finetune is None:
+        sites, network = convert_network(
+            original, rules, recipe.calibrate, settings, fits=fits_of(directory), resume=resume
+        )
+    else:
         sites, network = convert_in_stages(
             original,
             rules,
@@ -68,43 +108,21 @@ def run(
             resume=resume,
             workers=workers,
         )
-    elif rules:
-        sites, network = convert_network(
-            original, rules, recipe.calibrate, settings, fits=fits_of(directory), resume=resume
-        )
-    if rules:
-        network = network.but(name="converted")
-        rows.add(network, sites)
-    if recipe.finetune is not None:
-        network, result = train_network(
-            network, recipe.finetune, teacher, directory, settings, resume=resume, workers=workers
-        )
-        network = network.but(name="fine-tuned")
-    network = saved(network, directory, settings, recipe=text)
+    return sites, network.but(name="converted")
+
+
+def _discard_leftovers(recipe: Recipe, directory: Path) -> None:
+    """Remove what only a resumed run would need."""
     fit_store.discard(fits_of(directory))
     if recipe.progressive is not None:
         discard_stages(recipe.progressive, directory)
     if recipe.finetune is not None:
         shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
-        rows.add(network, sites, accuracy=None if recipe.eval else result.accuracy)
-    else:
-        rows.lines[-1] = rows.lines[-1].model_copy(update={"size_bytes": network.size_bytes})
-    notes: tuple[str, ...] = ()
-    if recipe.export is not None:
-        chosen = recipe.export
-        notes = exported_lines(
-            to_onnx(
-                network.loaded,
-                onnx_beside(directory),
-                network.plan,
-                half=chosen.half,
-                opset=chosen.opset,
-                lowering_tolerance=chosen.lowering_tolerance,
-            )
-        )
-    untimed = "converted" if recipe.finetune is not None else None
-    report = timed_report(tuple(rows.lines), tuple(rows.networks), options, settings, untimed=untimed)
-    return report.model_copy(update={"notes": (*report.notes, *notes)})
+
+
+def _exported(network: Network, chosen: Export, directory: Path) -> tuple[str, ...]:
+    made = to_onnx(network.loaded, onnx_beside(directory), network.plan, **chosen.model_dump())
+    return exported_lines(made)
 
 
 class _Rows:

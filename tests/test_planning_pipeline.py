@@ -28,6 +28,18 @@ def test_a_recipe_with_a_budget_runs(tmp_path, data):
     assert SETTINGS.open(ModelPart(source=str(tmp_path / "out"))).plan.groups
 
 
+def test_a_budget_that_cannot_be_met_is_refused_before_a_recipe_measures_anything(
+    tmp_path, data, monkeypatch
+):
+    monkeypatch.setattr(whole_run._Rows, "add", lambda *_: pytest.fail("measured"))
+    recipe = Recipe(
+        lcc=1, model=PART, budget=Budget(targets=("macs=1%",)), calibrate=Calibrate(data=data, images=16)
+    )
+    with pytest.raises(RecipeError, match="the floor is"):
+        whole_run.run(recipe, "", tmp_path / "out", SETTINGS)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_conversion_within_a_budget_is_that_by_the_plan_that_it_writes(tmp_path, data):
     budget, calibration = Budget(targets=("params=60%",)), Calibrate(data=data, images=16)
     plan = tmp_path / "plan.toml"
