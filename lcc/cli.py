@@ -115,14 +115,15 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Train a network, distilling from its original, and write an lcc directory."""
-    from lcc import pipeline, recipe, tuning
+    from lcc import pipeline, tuning
+    from lcc.recipe_file import finetune_options
 
     given = {"epochs": epochs, "lr": lr, "batch_size": batch_size, "val_split": val_split}
     named = {name: value for name, value in given.items() if value is not None}
     if from_scratch:
         part = tuning.untrained(part)
         named |= {} if teacher else {"distill": 0.0}
-    options = recipe.finetune_options({"data": data, "seed": part.seed, **named}, tuple(set_ or ()))
+    options = finetune_options({"data": data, "seed": part.seed, **named}, tuple(set_ or ()))
     report = pipeline.finetune(
         part,
         options,
@@ -205,7 +206,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Do all that a recipe says: load, convert, calibrate, fine-tune, evaluate, export, report."""
-    from lcc import recipe as recipes
+    from lcc import recipe_file as recipes
     from lcc import whole_run
     from lcc.comparison import BenchOptions
 
@@ -271,6 +272,6 @@ def _help_for(error: Any) -> str:
 
 
 def _method(text: str) -> "Method":
-    from lcc.recipe import method_from_text
+    from lcc.method_text import method_from_text
 
     return method_from_text(text)

@@ -99,8 +99,10 @@ def deciding(
     ] = None,
 ) -> "tuple[Rule, ...] | Budget":
     """Return the rules, or the budget within which a planner makes them."""
-    from lcc import recipe
+    from lcc.method_text import method_from_text
     from lcc.plan import rules_for
+    from lcc.recipe import Budget
+    from lcc.recipe_file import rules_from
 
     methods, include, exclude, plan = named
     given = {
@@ -116,7 +118,7 @@ def deciding(
         if plan is not None:
             raise RecipeError("--plan and a planner's --target both decide; leave one out")
         return checked(
-            recipe.Budget,
+            Budget,
             targets=tuple(target or ()),
             max_drop=max_drop,
             methods=tuple(methods),
@@ -128,10 +130,10 @@ def deciding(
         name = next(iter(how))
         raise RecipeError(f"--{NAMES.get(name, name)} is for a planner; give it a --target or a --max-drop")
     if plan is not None:
-        return recipe.rules_from(plan)
+        return rules_from(plan)
     if len(methods) > 1:
         raise RecipeError("several methods at once are for --target, or for the rules of a recipe")
-    method = recipe.method_from_text(methods[0] if methods else "linear_mix")
+    method = method_from_text(methods[0] if methods else "linear_mix")
     return rules_for(method, include, exclude)
 
 

@@ -168,8 +168,8 @@ def sweeping(
     if costs and max_seconds is not None:
         raise RecipeError("--costs times nothing; leave out --max-seconds")
     from lcc import sweep_axes as sweeps
+    from lcc.method_text import method_from_text
     from lcc.methods import METHODS
-    from lcc.recipe import method_from_text
 
     names = method or [name for name, kind in METHODS.items() if costs or "conv" in kind.kinds]
     return sweeps.SweepOptions(

@@ -22,11 +22,11 @@ from lcc.error_check import checked_errors, refuse_few_images
 from lcc.error_table import with_errors
 from lcc.errors import NothingToConvertError, RecipeError
 from lcc.latency_table import Timing
+from lcc.method_text import method_from_text
 from lcc.methods import METHODS
 from lcc.network import sites_of
 from lcc.plan import Rule, refuse_idle_patterns
 from lcc.plan_report import Compared, Part, PlanReport, Point, changes
-from lcc.recipe import method_from_text
 from lcc.specs import Cost
 from lcc.whole_latency import Clock
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
-import tomllib
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lcc.budget import Quantity, parse_target
 from lcc.errors import RecipeError
-from lcc.methods import METHODS, Method, parse_method
+from lcc.method_text import method_from_text
 from lcc.plan import Rule
 from lcc.specs import Frozen
-from lcc.validation import in_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-COMMAS = re.compile(r",(?![^{]*})")  # those outside of tables
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -228,8 +221,8 @@ class Recipe(Frozen):
         return self
 
 
-class _Rules(Frozen):
-    """What a plan file holds."""
+class Rules(Frozen):
+    """What a plan file holds: rules, and nothing else."""
 
     convert: Annotated[tuple[Rule, ...], Field(min_length=1)]
 
@@ -244,157 +237,3 @@ def _refuse_empty(rules: tuple[Rule, ...]) -> None:
     for number, rule in enumerate(rules):
         if not rule.match:
             raise ValueError(f"convert.{number}.match: an empty list matches nothing; take the entry out")
-
-
-def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Return the recipe in a TOML file, with `--set` overrides such as "finetune.lr=1e-3" laid over it.
-
-    Raises: RecipeError: one line with the file, the key, what is wrong and what would be right.
-    """
-    document = _read(Path(path))
-    for override in overrides:
-        _override_(document, override)
-    _list_single_globs_(document)
-    try:
-        # By way of JSON: strict validation takes a list for a tuple there, and only there.
-        return Recipe.model_validate_json(json.dumps(document, default=_refuse_date))
-    except ValidationError as error:
-        problem = in_words(error, Recipe)
-        blamed = [f" with --set {override}" for override in overrides if _about(problem, override)]
-        raise RecipeError(f"{path}{''.join(blamed)}: {problem}") from error
-    except _DateError as error:
-        raise RecipeError(f"{path}: {error} is a date, which no key takes; put it in quotes") from error
-
-
-def text_with(path: str | Path, overrides: tuple[str, ...] = ()) -> str:
-    """Return a recipe file's text as given, the overrides laid over it as comments at its end."""
-    text = Path(path).read_text(encoding="utf-8")
-    return text + "".join(f"# --set {override}\n" for override in overrides)
-
-
-def rules_from(path: str | Path) -> tuple[Rule, ...]:
-    """Return the rules of a plan file: [[convert]] entries as in a recipe, and nothing else.
-
-    Raises: RecipeError: one line with the file, the key, what is wrong and what would be right.
-    """
-    document = _read(Path(path), "plan")
-    _list_single_globs_(document)
-    try:
-        rules = _Rules.model_validate_json(json.dumps(document, default=_refuse_date)).convert
-    except ValidationError as error:
-        raise RecipeError(f"{path}: {in_words(error, _Rules)}") from error
-    except _DateError as error:
-        raise RecipeError(f"{path}: {error} is a date, which no key takes; put it in quotes") from error
-    return rules
-
-
-def finetune_options(given: dict[str, Any], overrides: tuple[str, ...] = ()) -> Finetune:
-    """Return training options: those given by name, with `--set` overrides such as "lr=1e-3" laid over them.
-
-    Raises: RecipeError: one line with the key, what is wrong and what would be right.
-    """
-    document = dict(given)
-    for override in overrides:
-        _override_(document, override)
-    try:
-        return Finetune.model_validate_json(json.dumps(document, default=_refuse_date))
-    except ValidationError as error:
-        raise RecipeError(f"fine-tuning option {in_words(error, Finetune)}") from error
-
-
-def method_from_text(text: str) -> Method:
-    """Return the method of "linear_mix" or "linear_mix:group_size=8,stencil=cross".
-
-    A method in a method is text of its own, or a table: "shared:scale=true,method=linear_mix:group_size=8",
-    'shared:method={name = "linear_mix", group_size = 8, stencil = "cross"}'.
-    Raises: RecipeError.
-    """
-    name, _, rest = text.partition(":")
-    fields: dict[str, Any] = {"name": name}
-    for part in filter(None, COMMAS.split(rest)):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise RecipeError(f"--method {text}: {part!r} is no hyperparameter=value")
-        try:
-            fields[key.strip()] = tomllib.loads(f"value = {value}")["value"]
-        except tomllib.TOMLDecodeError:
-            fields[key.strip()] = _text(key.strip(), value.strip())
-    try:
-        return parse_method(fields)
-    except ValidationError as error:
-        raise RecipeError(f"--method {text}: {in_words(error, METHODS[name])}") from error
-    except ValueError as error:
-        raise RecipeError(f"--method {text}: {error}") from error
-
-
-def _text(key: str, value: str) -> object:
-    """Return a value that is no TOML, since text needs no quotes here; a method's as its table."""
-    return method_from_text(value).model_dump(mode="json") if key == "method" else value
-
-
-def _read(path: Path, what: str = "recipe") -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"{path}: no such {what} file") from error
-    except OSError as error:
-        raise RecipeError(f"{path}: can't be read ({error.strerror})") from error
-    except ValueError as error:  # not TOML, or not even UTF-8
-        raise RecipeError(f"{path}: not a TOML file: {error}") from error
-
-
-def _override_(document: dict[str, Any], override: str) -> None:
-    """Lay one `key.path=TOML value` over the document; numbers in the path count list entries from 0."""
-    key, equals, text = override.partition("=")
-    *parents, last = (part.strip() for part in key.split("."))
-    if not equals or not all((*parents, last)) or len(override.splitlines()) > 1:
-        raise RecipeError(f"--set {override!r}: write it as key=value in one line, such as finetune.lr=1e-3")
-    node: Any = document
-    for part in parents:
-        node = _child(node, part, override, new={})
-    value = _toml_value(text, override)
-    if isinstance(node, dict):
-        node[last] = value
-    else:
-        _child(node, last, override, new=None)
-        node[int(last)] = value
-
-
-def _about(problem: str, override: str) -> bool:
-    """Whether a problem, as "key: what", lies at or below the key that an override sets."""
-    key = override.partition("=")[0].strip()
-    return problem.startswith((f"{key}:", f"{key}."))
-
-
-def _child(node: Any, key: str, override: str, *, new: Any) -> Any:
-    if isinstance(node, dict):
-        return node.setdefault(key, new)
-    if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
-        return node[int(key)]
-    has = f"a list of {len(node)}, counted from 0" if isinstance(node, list) else "a value, not a table"
-    raise RecipeError(f"--set {override}: there is no {key!r} in {has}")
-
-
-def _toml_value(text: str, override: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(
-            f"""--set {override}: not a TOML value; text needs quotes: '{override.partition("=")[0]}="..."'"""
-        ) from error
-
-
-def _list_single_globs_(document: dict[str, Any]) -> None:
-    """Write `match = "glob"` as the list of one that it stands for."""
-    rules = document.get("convert")
-    for rule in rules if isinstance(rules, list) else ():
-        if isinstance(rule, dict) and isinstance(rule.get("match"), str):
-            rule["match"] = [rule["match"]]
-
-
-class _DateError(Exception):
-    """A TOML date or time, which JSON does not have."""
-
-
-def _refuse_date(value: object) -> NoReturn:
-    raise _DateError(str(value))

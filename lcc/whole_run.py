@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcc import artifact, data, fit_store
-from lcc import recipe as recipes
+from lcc import recipe_file as recipes
 from lcc.comparison import EVAL_BATCH, BenchOptions, measured_accuracy, on_data, timed_report
 from lcc.conversion import convert_network
 from lcc.export import check_file, to_onnx

@@ -17,7 +17,7 @@ from small_data import idx_data, image_folder
 from typer.testing import CliRunner
 
 import lcc
-from lcc import recipe as recipes
+from lcc import recipe_file as recipes
 from lcc.cli import app
 from lcc.methods import METHODS
 from lcc.tables import TIMES

@@ -17,7 +17,7 @@ from planning_setting import (
 
 from lcc import data as datasets
 from lcc import evaluation, planning
-from lcc import recipe as recipes
+from lcc import recipe_file as recipes
 from lcc.batches import eval_batches
 from lcc.budget import parse_target
 from lcc.errors import DataError, NothingToConvertError, RecipeError

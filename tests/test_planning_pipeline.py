@@ -10,7 +10,7 @@ from planning_setting import (
 )
 
 from lcc import pipeline, whole_run
-from lcc import recipe as recipes
+from lcc import recipe_file as recipes
 from lcc.errors import ArtifactError, RecipeError
 from lcc.recipe import Budget, Calibrate, ModelPart, Recipe
 

@@ -6,7 +6,8 @@ import pytest
 
 from lcc.errors import RecipeError
 from lcc.methods.linear_mix import LinearMix
-from lcc.recipe import Calibrate, Recipe, load
+from lcc.recipe import Calibrate, Recipe
+from lcc.recipe_file import load
 
 WHOLE = """
 lcc = 1

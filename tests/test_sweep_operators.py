@@ -12,11 +12,11 @@ from onnx_graphs import make, serialised
 
 from lcc import measure, operator_timing, plots, sweep_views
 from lcc.errors import CheckFailedError, RecipeError
+from lcc.method_text import method_from_text
 from lcc.methods import METHODS, Lowering
 from lcc.methods.linear_mix import LinearMix
 from lcc.methods.shared import Shared
 from lcc.operator_timing import affordable, sweep_operators
-from lcc.recipe import method_from_text
 from lcc.sweep import Crossing, Point, Sweep, break_evens, crossing
 from lcc.sweep_axes import ALONE, Shape, SweepOptions, axes_from_text, shape_from_text
 from lcc.timing import Latency, Speedup
