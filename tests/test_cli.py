@@ -17,7 +17,6 @@ from small_data import idx_data, image_folder
 from typer.testing import CliRunner
 
 import lcc
-from lcc import recipe_file as recipes
 from lcc.cli import app
 from lcc.methods import METHODS
 from lcc.tables import TIMES
@@ -322,40 +321,6 @@ def test_report_takes_the_original_with_its_weights(lcc_run, converted, tmp_path
     names = [model["name"] for model in json.loads(out)["models"]]
     assert names == ["original", "small"]
     assert "fvcore counts" in json.loads(out)["notes"][0]
-
-
-def test_readme_lists_every_method_and_its_hyperparameters():
-    section = (ROOT / "README.md").read_text().partition("## Methods")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (\w+) \| ([\w, ]+) \| ", section, re.MULTILINE)
-    table = {name: set(fields.split(", ")) - {"none"} for name, fields in rows if name != "method"}
-    assert table == {name: set(kind.model_fields) - {"name"} for name, kind in METHODS.items()}
-
-
-def test_readme_lists_every_recipe():
-    listed = re.findall(r"^\| (recipes/\S+\.toml) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.toml"))
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.stem)
-def test_every_recipe_is_valid(path):
-    assert recipes.load(path).finetune is not None
-
-
-def test_the_commands_of_the_readme_parse():
-    text = (ROOT / "README.md").read_text()
-    commands = re.findall(r"^lcc (\w+) (.*)$", text, re.MULTILINE)
-    assert len(commands) >= 5
-    for name, arguments in commands:
-        help_text = CliRunner().invoke(app, [name, "--help"]).stdout
-        for option in re.findall(r"(?<!\S)(--?[a-z-]+)", arguments):
-            assert re.search(rf"(?<!\S){option}\b", help_text), f"{name} has no {option}"
-
-
-def test_the_gate_runs_the_test_command_of_the_readme():
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    test_command = blocks[1].splitlines()[-1].removeprefix(".venv-dev/bin/")
-    assert test_command == "python -m pytest"
-    assert test_command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
 def test_an_interrupted_command_says_so(lcc_run, monkeypatch):
