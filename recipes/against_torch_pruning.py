@@ -4,7 +4,7 @@ python recipes/against_torch_pruning.py -o runs/against --networks 20 32 --ratio
 
 Run it in a folder with data/ and weights/ as cifar10-resnet20-dense.toml says. For every network and
 seed, the dense network is fine-tuned (`dense`). It then teaches the others, which all get as many epochs
-again: itself (`again`), lcc's plan for each ratio (`lcc-2.1`, by cifar10-resnet20-budget.toml), and
+again, all as cifar10-resnet20-budget.toml says: itself (`again`), lcc's plan for each ratio (`lcc-2.1`), and
 torch-pruning's network (`pruned-2.1`). All are timed together in ONNX Runtime; the table is printed, and
 kept in OUT/table.md. It goes on where it was stopped. `--jobs` trains so many at once; `--rows` trains
 some rows only. A row takes 20 to 40 minutes on one CPU core. Needs `pip install torch-pruning`.
@@ -25,40 +25,40 @@ from lcc import artifact
 from lcc.counts import count_macs, count_params
 from lcc.export import to_onnx
 from lcc.measure import bench_onnx
+from lcc.recipe_file import load
 
 HERE = Path(__file__).parent
-DATA = "imagefolder:data/cifar10"
+BUDGET = HERE / "cifar10-resnet20-budget.toml"
 WEIGHTS = {20: "weights/resnet20-12fca82f.th", 32: "weights/resnet32-d509ac18.th"}
 ROUNDS = 30
-
-
-def terms_of(out: Path, given: argparse.Namespace) -> list[str]:
-    return ["-o", f"{out}", "--threads", f"{given.threads}", "--resume"]
 
 
 def command(row: str, folder: Path, layers: int, seed: int, given: argparse.Namespace) -> list[str]:
     """Return the command that trains a row."""
     kind, _, ratio = row.partition("-")
-    dense, out = folder / "dense", folder / row
-    if kind == "pruned":
-        script = [sys.executable, f"{HERE}/torch_pruning_baseline.py", f"{dense}", DATA, ratio]
-        return [*script, *terms_of(out, given), "--epochs", f"{given.epochs}", "--seed", f"{seed}"]
-    options = [*terms_of(out, given), "--workers", "0"]
-    if kind == "again":
-        terms = ("distill=0.9", 'precision="bf16"', "channels_last=true", f"seed={seed}")
-        options += [f"--data={DATA}", f"--teacher={dense}", f"--epochs={given.epochs}", "--lr=0.05"]
-        return ["lcc", "finetune", f"{dense}", *options, *(f"--set={term}" for term in terms)]
+    dense = f'model.source="{folder / "dense"}"'
+    terms = [f"finetune.seed={seed}", f"finetune.epochs={given.epochs}"]
     if kind == "dense":
-        recipe, terms = (
-            "dense",
-            (f'model.source="{WEIGHTS[layers]}"', f'model.arch="zoo:cifar_resnet{layers}"'),
-        )
-    else:
+        terms += [f'model.source="{WEIGHTS[layers]}"', f'model.arch="zoo:cifar_resnet{layers}"']
+        words = ["lcc", "run", f"{HERE}/cifar10-resnet20-dense.toml"]
+    elif kind == "lcc":
         target = f'budget.targets=["macs={100 / float(ratio):.2f}%"]'
-        recipe, terms = "budget", (target, f'model.source="{dense}"', f'teacher.source="{dense}"')
-    terms = (*terms, f"finetune.seed={seed}", f"finetune.epochs={given.epochs}")
-    script = ["lcc", "run", f"{HERE}/cifar10-resnet20-{recipe}.toml", "--no-latency"]
-    return [*script, *options, *(f"--set={term}" for term in terms)]
+        terms += [dense, target, f'teacher.source="{folder / "dense"}"']
+        words = ["lcc", "run", f"{BUDGET}"]
+    elif kind == "pruned":
+        terms += [dense]
+        words = [sys.executable, f"{HERE}/torch_pruning_baseline.py", f"{BUDGET}", ratio]
+    else:
+        tune = load(BUDGET, tuple(terms)).finetune.model_dump(mode="json", exclude_defaults=True)
+        data = tune.pop("data")
+        terms = [f"{key}={json.dumps(value)}" for key, value in tune.items()]
+        words = ["lcc", "finetune", f"{folder / 'dense'}", f"--teacher={folder / 'dense'}", f"--data={data}"]
+    options = ["-o", f"{folder / row}", "--threads", f"{given.threads}", "--resume"]
+    if kind != "pruned":
+        options += ["--workers", "0"]
+    if words[1] == "run":
+        options += ["--no-latency"]
+    return [*words, *options, *(f"--set={term}" for term in terms)]
 
 
 def done(row: str, folder: Path) -> bool:

@@ -1,10 +1,11 @@
 """Channel pruning by the torch-pruning package, trained as lcc's recipes train: a rival to compare with.
 
-python recipes/torch_pruning_baseline.py runs/cifar10-resnet20-dense imagefolder:data/cifar10 2.1 -o pruned
+python recipes/torch_pruning_baseline.py recipes/cifar10-resnet20-budget.toml 2.1 -o pruned
 
-Prunes an lcc directory's dense network to so many times fewer MACs (ranked by the L2 norm of groups, a
-few channels at a time), trains it with the unpruned network as the teacher, and writes OUT.onnx, and
-OUT.json: its costs and its accuracy by epoch. `--resume` goes on. Needs `pip install torch-pruning`.
+Prunes the network that the recipe names, an lcc directory, to so many times fewer MACs (ranked by the L2
+norm of groups, a few channels at a time), trains it as the recipe's [finetune] says with the unpruned
+network as the teacher, and writes OUT.onnx, and OUT.json: its costs and its accuracy by epoch. `--resume`
+goes on, `--set` is that of `lcc run`. Needs `pip install torch-pruning`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lcc import artifact, train
 from lcc.counts import count_macs, count_params
 from lcc.export import to_onnx
 from lcc.plan import Plan
-from lcc.recipe import Finetune
+from lcc.recipe_file import load
 
 
 def pruned(model: torch.nn.Module, example: torch.Tensor, ratio: float, steps: int = 200) -> torch.nn.Module:
@@ -52,34 +53,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("directory")
-    parser.add_argument("data")
+    parser.add_argument("recipe")
     parser.add_argument("ratio", type=float)
     parser.add_argument("-o", "--out", required=True)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    loaded = artifact.load(given.directory).loaded
+    recipe = load(given.recipe, tuple(given.set))
+    if recipe.finetune is None:
+        parser.error(f"{given.recipe}: has no [finetune]")
+    loaded = artifact.load(recipe.model.source).loaded
     example = torch.randn(1, len(loaded.preprocessing.mean), *loaded.preprocessing.image_size)
     model = pruned(loaded.model, example, given.ratio)
-    options = Finetune(
-        data=given.data,
-        epochs=given.epochs,
-        lr=given.lr,
-        distill=0.9,
-        precision="bf16",
-        channels_last=True,
-        seed=given.seed,
-    )
     checkpoints = Path(f"{given.out}.checkpoints")
     result = train.finetune(
         model,
         loaded.preprocessing,
-        options,
+        recipe.finetune,
         teacher=loaded.model,
         checkpoint_dir=checkpoints,
         resume=given.resume,
