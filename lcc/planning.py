@@ -1,8 +1,4 @@
-"""A target in, rules out: what every option saves and harms is found out, and the least harm chosen.
-
-What can't be met is refused before any work is done. What was found out is kept on disk, so that another
-target for the same network and images costs seconds.
-"""
+"""A target in, rules out: the least harm within the budget is chosen and, where time counts, measured."""
 
 from __future__ import annotations
 
@@ -13,41 +9,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lcc import data
-from lcc.budget import EXACT, Target, amount, check, floor, frontier, meet, neighbours, parse_target
-from lcc.candidates import obstacles, options_for, rules_of, worthwhile
+from lcc.budget import EXACT, Target, amount, floor, frontier, meet, neighbours, parse_target
+from lcc.candidates import rules_of
 from lcc.comparison import measured_accuracy
 from lcc.conversion import convert_network
-from lcc.counts import count_macs, count_params
 from lcc.error_check import checked_errors, refuse_few_images
-from lcc.error_table import with_errors
-from lcc.errors import NothingToConvertError, RecipeError
-from lcc.latency_table import Timing
-from lcc.method_text import method_from_text
-from lcc.methods import METHODS
-from lcc.network import sites_of
-from lcc.plan import Rule, refuse_idle_patterns
+from lcc.errors import RecipeError
+from lcc.plan import Rule
 from lcc.plan_report import Compared, Part, PlanReport, Point, changes
+from lcc.plan_tables import Tables, tables_for
 from lcc.specs import Cost
-from lcc.whole_latency import Clock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from lcc.budget import Budgeted, Costs, Option, Quantity
     from lcc.data import Split
-    from lcc.error_table import ErrorTable
     from lcc.evaluation import Accuracy
-    from lcc.methods import Method
     from lcc.network import Network
-    from lcc.plan import Site
     from lcc.recipe import Budget, Calibrate
     from lcc.settings import Settings
+    from lcc.whole_latency import Clock
 
 ROUNDS = 4  # of choosing, and measuring what was chosen
 CLOSE = 0.02  # relative, of a latency to what was predicted: no further round
-BENCH_ROUNDS = 10
 HALVINGS = 6
-TIE = 1e-2  # of all errors together, beside all parameters
 
 
 class Planned(NamedTuple):
@@ -75,7 +61,7 @@ def plan_within(
         refuse_few_images(calibration)
     targets = tuple(map(parse_target, budget.targets))
     judges = None if budget.data is None else data.open_eval(budget.data)
-    tables = _tables(original, budget, targets, calibration, settings)
+    tables = tables_for(original, budget, targets, calibration, settings)
     if judges is None or budget.max_drop is None:
         found, drop = _chosen(tables, targets), None
     else:
@@ -92,107 +78,7 @@ def plan_within(
     return Planned((*rules_of(found.taken), kept), report)
 
 
-class _Tables(NamedTuple):
-    """All that a choice is made from: `options` with what each saves alone, `now` what the network costs."""
-
-    sites: tuple[Site, ...]
-    now: Costs
-    options: list[Option]
-    errors: ErrorTable
-    clock: Clock | None
-
-    def in_company(self) -> list[Option]:
-        """Return the options with the time that each saves in a whole network."""
-        return self.options if self.clock is None else self.clock.scaled(self.options)
-
-
-def _tables(
-    original: Network,
-    budget: Budget,
-    targets: tuple[Target, ...],
-    calibration: Calibrate,
-    settings: Settings,
-) -> _Tables:
-    """Find out what there is to choose from; what can't be met is refused before the dear parts."""
-    quantities = [target.quantity for target in targets] or [budget.minimise]
-    counted = [target for target in targets if target.quantity != "latency"]
-    sites, now, clock = sites_of(original), _costs(original), None
-    methods = _methods(budget)
-    refuse_idle_patterns(sites, tuple(Rule(match=globs) for globs in (budget.include, budget.exclude)))
-    options = options_for(sites, methods, include=budget.include, exclude=budget.exclude)
-    met = {target.quantity for target in counted if now[target.quantity] <= target.of(now)}
-    for quantity in quantities:
-        if quantity not in met and not worthwhile(options, ["macs" if quantity == "latency" else quantity]):
-            raise RecipeError(
-                f"satisfiable: no; the floor is 100% of the {quantity}: {obstacles(sites, methods)}"
-            )
-    check(options, now, counted)
-    if "latency" in quantities:
-        data.open_train(calibration.data)
-        clock = _clock(original, sites, budget, settings)
-        also: list[Quantity] = [target.quantity for target in counted]
-        options = clock.price(worthwhile(options, [*also, "macs"]), settings.say)
-        now = {**now, "latency": clock.now_ms}
-        check(clock.scaled(options), now, targets)
-    if targets and all(now[target.quantity] <= target.of(now) for target in targets):
-        reached = ", ".join(amount(target.quantity, now[target.quantity]) for target in targets)
-        raise NothingToConvertError(f"nothing to convert: the network has its targets already ({reached})")
-    options = worthwhile(options, quantities)
-    errors = with_errors(original, sites, options, calibration, settings)
-    found = errors.options if budget.keep == "outputs" else _by_capacity(errors.options, now)
-    return _Tables(sites, now, found, errors, clock)
-
-
-def _by_capacity(options: Sequence[Option], now: Costs) -> list[Option]:
-    """Return options whose harm is the share of the parameters that they take; errors decide between equals.
-
-    To learn in fine-tuning what it lost, a network needs parameters.
-    """
-    most = max(option.error for option in options) or 1.0
-    return [
-        option.model_copy(
-            update={
-                "penalty": max(option.saved["params"], 0.0) / now["params"]
-                + TIE * option.error / (most * len(options))
-            }
-        )
-        for option in options
-    ]
-
-
-def _methods(budget: Budget) -> list[Method | type[Method]]:
-    """Return what to choose from: what is named, else the families of all that is fitted in closed form.
-
-    A method named without hyperparameters stands for its family.
-    """
-    if not budget.methods:
-        return [kind for kind in METHODS.values() if not kind.fits_slowly]
-    return [METHODS.get(text) or method_from_text(text) for text in dict.fromkeys(budget.methods)]
-
-
-def _costs(network: Network) -> Costs:
-    """Return what a network costs now; weights in bytes, buffers included."""
-    model = network.loaded.model
-    stored = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
-    return {
-        "params": count_params(model),
-        "macs": count_macs(model, network.example).macs,
-        "size": sum(stored.values()),
-    }
-
-
-def _clock(original: Network, sites: tuple[Site, ...], budget: Budget, settings: Settings) -> Clock:
-    timing = Timing(
-        runtime=budget.runtime,
-        device="cuda" if settings.device.startswith("cuda") else "cpu",
-        batch=budget.batch,
-        threads=budget.threads,
-        rounds=BENCH_ROUNDS,
-    )
-    return Clock(original, sites, timing)
-
-
-def _chosen(tables: _Tables, targets: Sequence[Target]) -> Budgeted:
+def _chosen(tables: Tables, targets: Sequence[Target]) -> Budgeted:
     """Return the choice; where latency is known, one that was measured, and made anew where it is off.
 
     Raises: RecipeError: no choice does; or those measured turned out too slow.
@@ -233,7 +119,7 @@ class _Trial(NamedTuple):
     whole: Compared
 
 
-def _measured(found: Budgeted, tables: _Tables, clock: Clock) -> _Trial:
+def _measured(found: Budgeted, tables: Tables, clock: Clock) -> _Trial:
     priced = {(option.method, option.sites): option for option in tables.options}
     whole = clock.measure([priced[option.method, option.sites] for option in found.taken])
     return _Trial(found._replace(costs={**found.costs, "latency": whole.measured_ms}), whole)
@@ -249,7 +135,7 @@ def _keeps(found: Budgeted, now: Costs, targets: Sequence[Target]) -> bool:
 
 
 def _within_drop(
-    tables: _Tables, quantity: Quantity, most: float, lost: Callable[[Budgeted], float]
+    tables: Tables, quantity: Quantity, most: float, lost: Callable[[Budgeted], float]
 ) -> tuple[Budgeted, float]:
     """Return the cheapest choice that loses at most so many points right after conversion, and what it loses.
 
@@ -301,7 +187,7 @@ def _nothing(_: str) -> None:
 
 
 def _report(
-    original: Network, budget: Budget, targets: Sequence[Target], found: Budgeted, tables: _Tables
+    original: Network, budget: Budget, targets: Sequence[Target], found: Budgeted, tables: Tables
 ) -> PlanReport:
     options, now, clock = tables.in_company(), tables.now, tables.clock
     # What is shortest decides what the frontier is about.
@@ -336,7 +222,7 @@ def _report(
     )
 
 
-def _part(option: Option, tables: _Tables) -> Part:
+def _part(option: Option, tables: Tables) -> Part:
     taken = [site for site in tables.sites if site.name in option.sites]
     none = Cost(params=0, macs=0)
     return Part(

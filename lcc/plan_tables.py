@@ -1,0 +1,140 @@
+"""What a planner chooses from: the options, what each saves, and what it harms.
+
+What can't be met is refused before the dear parts: the latencies, and then the errors. These are kept on
+disk, so that another target for the same network and images costs seconds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from lcc import data
+from lcc.budget import amount, check
+from lcc.candidates import obstacles, options_for, worthwhile
+from lcc.counts import count_macs, count_params
+from lcc.error_table import with_errors
+from lcc.errors import NothingToConvertError, RecipeError
+from lcc.latency_table import Timing
+from lcc.method_text import method_from_text
+from lcc.methods import METHODS
+from lcc.network import sites_of
+from lcc.plan import Rule, refuse_idle_patterns
+from lcc.whole_latency import Clock
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lcc.budget import Costs, Option, Quantity, Target
+    from lcc.error_table import ErrorTable
+    from lcc.methods import Method
+    from lcc.network import Network
+    from lcc.plan import Site
+    from lcc.recipe import Budget, Calibrate
+    from lcc.settings import Settings
+
+BENCH_ROUNDS = 10
+TIE = 1e-2  # of all errors together, beside all parameters
+
+
+class Tables(NamedTuple):
+    """All that a choice is made from: `options` with what each saves alone, `now` what the network costs."""
+
+    sites: tuple[Site, ...]
+    now: Costs
+    options: list[Option]
+    errors: ErrorTable
+    clock: Clock | None
+
+    def in_company(self) -> list[Option]:
+        """Return the options with the time that each saves in a whole network."""
+        return self.options if self.clock is None else self.clock.scaled(self.options)
+
+
+def tables_for(
+    original: Network,
+    budget: Budget,
+    targets: tuple[Target, ...],
+    calibration: Calibrate,
+    settings: Settings,
+) -> Tables:
+    """Find out what there is to choose from.
+
+    Raises: RecipeError: a target can't be kept, with the least that can be reached. NothingToConvertError:
+    all are kept already. DataError: the images. ArtifactError: the cache.
+    """
+    quantities = [target.quantity for target in targets] or [budget.minimise]
+    counted = [target for target in targets if target.quantity != "latency"]
+    sites, now, clock = sites_of(original), _costs(original), None
+    methods = _methods(budget)
+    refuse_idle_patterns(sites, tuple(Rule(match=globs) for globs in (budget.include, budget.exclude)))
+    options = options_for(sites, methods, include=budget.include, exclude=budget.exclude)
+    met = {target.quantity for target in counted if now[target.quantity] <= target.of(now)}
+    for quantity in quantities:
+        if quantity not in met and not worthwhile(options, ["macs" if quantity == "latency" else quantity]):
+            raise RecipeError(
+                f"satisfiable: no; the floor is 100% of the {quantity}: {obstacles(sites, methods)}"
+            )
+    check(options, now, counted)
+    if "latency" in quantities:
+        data.open_train(calibration.data)
+        clock = _clock(original, sites, budget, settings)
+        also: list[Quantity] = [target.quantity for target in counted]
+        options = clock.price(worthwhile(options, [*also, "macs"]), settings.say)
+        now = {**now, "latency": clock.now_ms}
+        check(clock.scaled(options), now, targets)
+    if targets and all(now[target.quantity] <= target.of(now) for target in targets):
+        reached = ", ".join(amount(target.quantity, now[target.quantity]) for target in targets)
+        raise NothingToConvertError(f"nothing to convert: the network has its targets already ({reached})")
+    options = worthwhile(options, quantities)
+    errors = with_errors(original, sites, options, calibration, settings)
+    found = errors.options if budget.keep == "outputs" else _by_capacity(errors.options, now)
+    return Tables(sites, now, found, errors, clock)
+
+
+def _by_capacity(options: Sequence[Option], now: Costs) -> list[Option]:
+    """Return options whose harm is the share of the parameters that they take; errors decide between equals.
+
+    To learn in fine-tuning what it lost, a network needs parameters.
+    """
+    most = max(option.error for option in options) or 1.0
+    return [
+        option.model_copy(
+            update={
+                "penalty": max(option.saved["params"], 0.0) / now["params"]
+                + TIE * option.error / (most * len(options))
+            }
+        )
+        for option in options
+    ]
+
+
+def _methods(budget: Budget) -> list[Method | type[Method]]:
+    """Return what to choose from: what is named, else the families of all that is fitted in closed form.
+
+    A method named without hyperparameters stands for its family.
+    """
+    if not budget.methods:
+        return [kind for kind in METHODS.values() if not kind.fits_slowly]
+    return [METHODS.get(text) or method_from_text(text) for text in dict.fromkeys(budget.methods)]
+
+
+def _costs(network: Network) -> Costs:
+    """Return what a network costs now; weights in bytes, buffers included."""
+    model = network.loaded.model
+    stored = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    return {
+        "params": count_params(model),
+        "macs": count_macs(model, network.example).macs,
+        "size": sum(stored.values()),
+    }
+
+
+def _clock(original: Network, sites: tuple[Site, ...], budget: Budget, settings: Settings) -> Clock:
+    timing = Timing(
+        runtime=budget.runtime,
+        device="cuda" if settings.device.startswith("cuda") else "cpu",
+        batch=budget.batch,
+        threads=budget.threads,
+        rounds=BENCH_ROUNDS,
+    )
+    return Clock(original, sites, timing)
