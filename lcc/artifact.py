@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lcc import models, probe, surgery, weights
 from lcc.directory import MANIFEST, PROBE, RECIPE, WEIGHTS, Directory
-from lcc.errors import ArtifactError, LccError
+from lcc.errors import ArtifactError, LccError, one_line
 from lcc.manifest import Event, Hashed, Manifest, event_now, read
 from lcc.models import Loaded
 from lcc.plan import Plan
@@ -244,7 +244,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing; {AGAIN}") from error
     except (OSError, SafetensorError, ValueError) as error:
-        raise ArtifactError(f"{path} is truncated or damaged ({weights.one_line(error)}); {AGAIN}") from error
+        raise ArtifactError(f"{path} is truncated or damaged ({one_line(error)}); {AGAIN}") from error
 
 
 def _sha256(path: Path) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lcc.errors import SourceError
+from lcc.errors import SourceError, first_line
 from lcc.specs import Size, StepSpec
 from lcc.tracing import evaluating
 
@@ -221,9 +221,9 @@ def _run(model: nn.Module, example: Tensor, handles: list[Any]) -> Any:
             return model(example.clone())  # a first layer in place must not change the next run
         except Exception as error:
             shape = "x".join(str(n) for n in example.shape)
-            first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SourceError(
-                f"the network can't run on a {shape} input ({first_line}); give it another --image-size"
+                f"the network can't run on a {shape} input ({first_line(error)}); "
+                "give it another --image-size"
             ) from error
         finally:
             for handle in handles:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from lcc.errors import DataError
-from lcc.readers import Array, Files, Subset, TimmReader, one_line, read_idx
+from lcc.errors import DataError, one_line
+from lcc.readers import Array, Files, Subset, TimmReader, read_idx
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -56,3 +56,14 @@ class InterruptedRunError(LccError):
     """A run stopped by Ctrl-C, after it wrote a checkpoint."""
 
     exit_code = 130
+
+
+def one_line(error: object) -> str:
+    """Return another's error in its own words, shortened to a clause."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another's error: of torch's and ONNX Runtime's, what matters."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

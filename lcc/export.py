@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lcc import __version__
-from lcc.errors import ArtifactError, CheckFailedError, RecipeError, SourceError
+from lcc.errors import ArtifactError, CheckFailedError, RecipeError, SourceError, first_line
 from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.lowering import lower_
 from lcc.manifest import FORMAT
 from lcc.methods import LowCostOp
 from lcc.onnx_export import INPUT, export_graph, to_file
 from lcc.onnx_graph import to_half
-from lcc.onnx_runtime import Session, first_line
+from lcc.onnx_runtime import Session
 from lcc.specs import Frozen, Size
 
 if TYPE_CHECKING:

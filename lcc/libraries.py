@@ -20,9 +20,10 @@ from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_deprecated_
 from torch import nn
 from torchvision import models as vision
 
-from lcc.errors import SourceError
+from lcc.errors import SourceError, one_line
 from lcc.specs import Frozen
-from lcc.weights import Shapes, align, code_from_here, load_into_, one_line, shapes
+from lcc.weight_files import code_from_here
+from lcc.weights import Shapes, align, load_into_, shapes
 from lcc.zoo import OF_IMAGENET, ZOO
 
 if TYPE_CHECKING:

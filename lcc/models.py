@@ -12,16 +12,16 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from lcc import libraries
-from lcc import weights as files
+from lcc import libraries, weight_files
 from lcc.errors import SourceError
 from lcc.libraries import Architecture, Preprocessing
 from lcc.specs import Frozen
+from lcc.weights import align, best_match, load_into_
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lcc.weights import Checkpoint
+    from lcc.weight_files import Checkpoint
 
 __all__ = ["Loaded", "Preprocessing", "Source", "build", "load"]
 
@@ -90,7 +90,7 @@ def load(
             architecture = libraries.find(source, trust_code=trust_code)
             checkpoint = _given_weights(weights, trust_pickle=trust_pickle)
         else:
-            checkpoint = files.read(Path(source), trust_pickle=trust_pickle)
+            checkpoint = weight_files.read(Path(source), trust_pickle=trust_pickle)
             architecture = _architecture_of(checkpoint, arch, trust_code=trust_code, notes=notes)
         if checkpoint is not None:
             architecture = _as_published(architecture, checkpoint.path)
@@ -161,7 +161,7 @@ def _given_weights(weights: str | None, *, trust_pickle: bool) -> Checkpoint | N
         raise SourceError(
             f"--weights {weights}: there is no such file; it takes default, none or a checkpoint file"
         )
-    return files.read(path, trust_pickle=trust_pickle)
+    return weight_files.read(path, trust_pickle=trust_pickle)
 
 
 def _architecture_of(
@@ -171,7 +171,7 @@ def _architecture_of(
     if arch is not None:
         return libraries.find(arch, trust_code=trust_code)
     for source in checkpoint.arch:
-        match = files.best_match(checkpoint, libraries.outlines(source))
+        match = best_match(checkpoint, libraries.outlines(source))
         if match is not None and match.fits:
             notes.append(f"{checkpoint.path.name} says it is {source}; --arch SOURCE would overrule it")
             return libraries.find(source)
@@ -184,7 +184,7 @@ def _architecture_of(
 
 def _advice(checkpoint: Checkpoint, do: str) -> str:
     """Return in words which network a file seems to be of, and to `do` something with its name."""
-    match = files.best_match(checkpoint, libraries.candidates(checkpoint.path))
+    match = best_match(checkpoint, libraries.candidates(checkpoint.path))
     if match is None or (match.share < 0.5 and not match.same_shapes):
         return "no network known here has its tensors; give --arch SOURCE, for your own py:MODULE:FACTORY"
     if match.fits:
@@ -211,8 +211,8 @@ def _filled(
 ) -> nn.Module:
     """Return the network with the file's tensors. Raises: SourceError: they don't fit, and how."""
     model = architecture.build(num_classes)
-    tensors, actions = files.align(checkpoint.tensors, model.state_dict())
-    comparison = files.load_into_(model, tensors)
+    tensors, actions = align(checkpoint.tensors, model.state_dict())
+    comparison = load_into_(model, tensors)
     path, source = checkpoint.path, architecture.id
     if comparison.classes:
         got, want = comparison.classes

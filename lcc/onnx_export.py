@@ -13,13 +13,12 @@ import torch
 from onnxscript import ir
 
 from lcc import __version__
-from lcc.errors import CheckFailedError, RecipeError
+from lcc.errors import CheckFailedError, RecipeError, first_line
 from lcc.onnx_channels import split_multipliers
 from lcc.onnx_constants import drop_unused, readers, separate, share_constants
 from lcc.onnx_graph import order_sums, strip
 from lcc.onnx_norms import fold_batch_norms, fold_scales
 from lcc.onnx_padding import is_wrap, wraps_as_convs
-from lcc.onnx_runtime import first_line
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator

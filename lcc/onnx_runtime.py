@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import onnxruntime
 
-from lcc.errors import RecipeError, SourceError
+from lcc.errors import RecipeError, SourceError, first_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,8 +88,3 @@ def _dtype(kind: str) -> np.dtype[Any]:
     if kind not in dtypes:
         raise SourceError(f"the model takes {kind}, not images; lcc times networks that take float images")
     return np.dtype(dtypes[kind])
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an exception says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lcc import weights
-from lcc.errors import ArtifactError
+from lcc.errors import ArtifactError, one_line
 
 if TYPE_CHECKING:
     from lcc.models import Preprocessing
@@ -45,7 +45,7 @@ def outputs(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
     except (RuntimeError, ValueError, TypeError) as error:
         shape = "x".join(str(length) for length in example.shape)
         raise ArtifactError(
-            f"the network can't run on a {shape} input ({weights.one_line(error)}); try another --image-size"
+            f"the network can't run on a {shape} input ({one_line(error)}); try another --image-size"
         ) from error
     return {
         name: tensor.clone(memory_format=torch.contiguous_format)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from PIL import Image
 
-from lcc.errors import DataError
+from lcc.errors import DataError, one_line
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,8 +112,3 @@ def _read_image(path: str) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: damaged image: {one_line(error)}; replace or remove it") from error
-
-
-def one_line(error: Exception) -> str:
-    """Return the error's text without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
