@@ -108,24 +108,28 @@ def table(rows: list[str], layers: int, given: argparse.Namespace) -> list[str]:
     there = [row for row in rows if done(row, folders[0])]
     bench = bench_onnx({row: onnx_file(row, folders[0]) for row in there}, rounds=ROUNDS)
     lines = [
-        f"| ResNet-{layers} | MACs | parameters | top-1 | under dense trained as long | times faster |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| ResNet-{layers} | MACs | parameters | top-1 | under dense | under again | times faster |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     found = {row: {folder: numbers(row, folder) for folder in folders if done(row, folder)} for row in there}
-    again = {folder: one["top1"] for folder, one in found.get("again", {}).items()}
     for row, each in found.items():
-        top1 = [one["top1"] for one in each.values()]
-        spread = f" ± {stdev(top1):.2f}" if len(top1) > 1 else ""
-        under = [again[folder] - one["top1"] for folder, one in each.items() if folder in again]
-        lost = f"{mean(under):.2f} (n = {len(under)})" if under else ""
+        macs, params = (mean(one[cost] for one in each.values()) for cost in ("macs", "params"))
+        under = [below(found.get(base, {}), each) if base != row else "" for base in ("dense", "again")]
         speed = bench.speedups.get(row)
         faster = f"{speed.median:.2f} ({speed.p10:.2f} to {speed.p90:.2f})" if speed else ""
-        macs, params = (mean(one[cost] for one in each.values()) for cost in ("macs", "params"))
-        costs = f"{macs / 1e6:.2f}M | {params:,.0f}"
-        lines.append(
-            f"| {row} | {costs} | {mean(top1):.2f} %{spread} (n = {len(top1)}) | {lost} | {faster} |"
-        )
+        top1 = spread([one["top1"] for one in each.values()])
+        lines.append(f"| {' | '.join([row, f'{macs / 1e6:.2f}M', f'{params:,.0f}', top1, *under, faster])} |")
     return [*lines, "", f"{bench.conditions}", ""]
+
+
+def below(base: dict[Path, dict[str, float]], row: dict[Path, dict[str, float]]) -> str:
+    return spread([base[folder]["top1"] - one["top1"] for folder, one in row.items() if folder in base])
+
+
+def spread(points: list[float]) -> str:
+    """Return the mean with its standard deviation, and of how many seeds."""
+    about = f" ± {stdev(points):.2f}" if len(points) > 1 else ""
+    return f"{mean(points):.2f}{about} (n = {len(points)})" if points else ""
 
 
 def main() -> None:
