@@ -74,7 +74,7 @@ def convert_network(
     event = event_now("convert", command_line(), seed=seed, details=details)
     converted = original.but(
         loaded=replace(original.loaded, model=model),
-        plan=_merged(original.plan, decided),
+        plan=original.plan.then(decided),
         fits={**original.fits, **made},
         history=(*original.history, event),
         size_bytes=None,
@@ -144,13 +144,3 @@ def _fit_(
             f"note: fitted in {result.chunks} chunks; inputs {details['inputs']}; fewer --images avoid that"
         )
     return result.fits, details
-
-
-def _merged(before: Plan, now: Plan) -> Plan:
-    """Return the plan that does both, where `now` converts more of a network that `before` made."""
-    done = before.methods()
-    return Plan(
-        groups=(*before.groups, *now.groups),
-        kept=tuple(entry for entry in now.kept if entry.site not in done),
-        steps={**before.steps, **now.steps},
-    )

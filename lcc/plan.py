@@ -149,6 +149,15 @@ class Plan(Frozen):
         """Return the method of every converted site, by name."""
         return {site: group.method for group in self.groups for site in group.sites}
 
+    def then(self, more: Plan) -> Plan:
+        """Return the plan that does both, where `more` converts more of a network that this one made."""
+        done = self.methods()
+        return Plan(
+            groups=(*self.groups, *more.groups),
+            kept=tuple(entry for entry in more.kept if entry.site not in done),
+            steps={**self.steps, **more.steps},
+        )
+
 
 def rules_for(
     method: Method, include: tuple[str, ...] = (), exclude: tuple[str, ...] = ()

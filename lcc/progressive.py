@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from lcc import checkpoints, fit_store
 from lcc.conversion import convert_network
-from lcc.errors import RecipeError
 from lcc.network import sites_of
 from lcc.plan import Plan, Rule, make_plan
 from lcc.settings import checkpoints_of, fits_of
@@ -28,11 +27,11 @@ if TYPE_CHECKING:
 
 
 def refuse_leftovers(progressive: Progressive, directory: Path) -> None:
-    """Make sure, before any long work, that no stage has checkpoints of an earlier run.
+    """Make sure, before any long work, that no stage before the last has checkpoints of an earlier run.
 
     Raises: TrainingError: one has.
     """
-    for place in (*_places(progressive, directory), directory):
+    for place in _places(progressive, directory):
         checkpoints.refuse_leftovers(checkpoints_of(place))
 
 
@@ -60,7 +59,7 @@ def convert_in_stages(
 
     After each part but the last the network is trained at a constant learning rate; checkpoints go to
     DIR.stage1.checkpoints and so on.
-    Raises: RecipeError: kernels are shared; what conversion and training raise.
+    Raises: what conversion and training raise.
     """
     sites = sites_of(original)
     plan = make_plan(sites, rules)
@@ -76,20 +75,17 @@ def convert_in_stages(
             network, result = train_network(
                 network, options, teacher, place, settings, resume=resume, workers=workers
             )
-            done = len(network.plan.methods())
+            done = len(network.plan.methods()) - len(original.plan.methods())
             settings.say(f"{place.name}: {done} of {len(plan.methods())} sites, {result.accuracy}")
-    return sites, network.but(plan=plan)
+    return sites, network.but(plan=original.plan.then(plan))
 
 
 def parts_of(plan: Plan, sites: tuple[Site, ...], count: int) -> tuple[tuple[Rule, ...], ...]:
     """Return the rules of so many stages, from the input to the output, each with about as many sites.
 
-    Fewer stages, where there are fewer sites.
-    Raises: RecipeError: kernels are shared, which takes all of their sites at once.
+    Fewer stages, where there are fewer sites. No site shares its kernel: that would need all of them at once.
     """
     methods = plan.methods()
-    if sharing := next((method for method in methods.values() if method.shares), None):
-        raise RecipeError(f"[progressive]: {sharing.name} fits all sites of a kernel at once; leave one out")
     names = [site.name for site in sites if site.name in methods]
     count = min(count, len(names))
     cuts = [round(len(names) * number / count) for number in range(count + 1)]

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from lcc.budget import Quantity, parse_target
 from lcc.errors import RecipeError
 from lcc.method_text import method_from_text
+from lcc.methods import METHODS
 from lcc.plan import Rule
 from lcc.specs import Frozen
 
@@ -205,6 +206,16 @@ class Recipe(Frozen):
     eval: Evaluate | None = None
     export: Export | None = None
 
+    @property
+    def decision(self) -> tuple[Rule, ...] | Budget:
+        """What decides which site gets what: the rules, or the budget; in stages, kernels are not shared."""
+        if self.budget is None:
+            return self.convert
+        if self.progressive is None or self.budget.methods:
+            return self.budget
+        alone = (name for name, kind in METHODS.items() if not (kind.fits_slowly or kind.shares))
+        return self.budget.model_copy(update={"methods": tuple(alone)})
+
     @model_validator(mode="after")
     def _no_idle_part(self) -> Recipe:
         _refuse_empty(self.convert)
@@ -216,6 +227,11 @@ class Recipe(Frozen):
             raise ValueError("[calibrate] has nothing to do without [[convert]]; add one or take it out")
         if self.progressive is not None and (self.finetune is None or not (self.convert or self.budget)):
             raise ValueError("[progressive] needs something to convert, and [finetune] to train in between")
+        named = () if self.budget is None else map(method_from_text, self.budget.methods)
+        methods = (*named, *(rule.method for rule in self.convert if rule.method is not None))
+        sharing = next((method.name for method in methods if method.shares), None)
+        if self.progressive is not None and sharing is not None:
+            raise ValueError(f"[progressive]: {sharing} fits all sites of a kernel at once; leave one out")
         if self.teacher is not None and self.finetune is None:
             raise ValueError("[teacher] has nothing to do without [finetune]; add one or take it out")
         return self

@@ -7,13 +7,12 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcc import artifact, data, fit_store
+from lcc import artifact, checkpoints, data, fit_store, progressive
 from lcc import recipe_file as recipes
 from lcc.comparison import EVAL_BATCH, BenchOptions, measured_accuracy, on_data, timed_report
 from lcc.conversion import convert_network
 from lcc.export import check_file, to_onnx
 from lcc.pipeline import decided, exported_lines, onnx_beside, open_first, saved
-from lcc.progressive import convert_in_stages, discard_stages, refuse_leftovers
 from lcc.settings import Settings, checkpoints_of, fits_of
 from lcc.tables import report_sheets, to_markdown
 from lcc.tuning import train_network
@@ -46,13 +45,13 @@ def run(
     artifact.check_target(directory, force=settings.force)
     if recipe.export is not None:
         check_file(onnx_beside(directory), force=settings.force)
-    if recipe.progressive is not None and not resume:
-        refuse_leftovers(recipe.progressive, directory)
+    if not resume:
+        _refuse_leftovers(recipe, directory)
     rows = _Rows(recipe, settings)
     original = open_first(recipe.model, settings)
-    rules = decided(original, recipe.budget or recipe.convert, recipe.calibrate, settings)
-    rows.add(original)
     teacher = None if recipe.finetune is None else _recipe_teacher(recipe, original, settings)
+    rules = decided(original, recipe.decision, recipe.calibrate, settings)
+    rows.add(original)
     network = original
     sites: tuple[Site, ...] = ()
     if rules:
@@ -96,7 +95,7 @@ def _converted(
             original, rules, recipe.calibrate, settings, fits=fits_of(directory), resume=resume
         )
     else:
-        sites, network = convert_in_stages(
+        sites, network = progressive.convert_in_stages(
             original,
             rules,
             teacher,
@@ -111,11 +110,19 @@ def _converted(
     return sites, network.but(name="converted")
 
 
+def _refuse_leftovers(recipe: Recipe, directory: Path) -> None:
+    """Refuse, before any long work, what an earlier run left. Raises: TrainingError."""
+    if recipe.progressive is not None:
+        progressive.refuse_leftovers(recipe.progressive, directory)
+    if recipe.finetune is not None:
+        checkpoints.refuse_leftovers(checkpoints_of(directory))
+
+
 def _discard_leftovers(recipe: Recipe, directory: Path) -> None:
     """Remove what only a resumed run would need."""
     fit_store.discard(fits_of(directory))
     if recipe.progressive is not None:
-        discard_stages(recipe.progressive, directory)
+        progressive.discard_stages(recipe.progressive, directory)
     if recipe.finetune is not None:
         shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 from small_data import idx_data
 
-from lcc import pipeline, whole_run
+from lcc import checkpoints, pipeline, whole_run
 from lcc.comparison import BenchOptions
-from lcc.errors import RecipeError
+from lcc.errors import RecipeError, SourceError, TrainingError
 from lcc.export import Exported, Parity
 from lcc.methods.linear_mix import LinearMix
 from lcc.methods.shared import Shared
 from lcc.network import sites_of
 from lcc.plan import Rule
 from lcc.recipe import Calibrate, Evaluate, Export, Finetune, ModelPart, Recipe
-from lcc.settings import Settings
+from lcc.settings import Settings, checkpoints_of
 
 NET = ModelPart(source="zoo:cifar_resnet20", weights="none", image_size=(8, 8), num_classes=3)
 RULES = (Rule(match=("layer3.2.*",), method=LinearMix()),)
@@ -34,6 +34,15 @@ def tune(data, **options):
 def trained(folder, data):
     run(folder, model=NET, finetune=tune(data))
     return ModelPart(source=str(folder))
+
+
+def test_what_an_earlier_run_left_and_a_missing_teacher_are_told_before_any_work(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(whole_run, "decided", lambda *_: pytest.fail("worked"))
+    with pytest.raises(SourceError, match="nowhere"):
+        run(tmp_path / "out", model=NET, teacher=ModelPart(source="nowhere"), finetune=tune(data))
+    checkpoints.write(checkpoints_of(tmp_path / "out"), 1, {})
+    with pytest.raises(TrainingError, match=r"out\.checkpoints has checkpoints of an earlier run"):
+        run(tmp_path / "out", model=NET, finetune=tune(data))
 
 
 def test_every_stage_is_measured_on_the_images_that_the_recipe_names(tmp_path, data):

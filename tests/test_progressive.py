@@ -7,7 +7,7 @@ import torch
 from small_data import idx_data
 
 from lcc import checkpoints, whole_run
-from lcc.errors import RecipeError, TrainingError
+from lcc.errors import TrainingError
 from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
 from lcc.methods.reaction_diffusion import RdExplicit
@@ -15,7 +15,7 @@ from lcc.methods.shared import Shared
 from lcc.network import sites_of
 from lcc.plan import Rule, make_plan
 from lcc.progressive import parts_of
-from lcc.recipe import Calibrate, Finetune, ModelPart, Progressive, Recipe
+from lcc.recipe import Budget, Calibrate, Finetune, ModelPart, Progressive, Recipe
 from lcc.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,12 +88,6 @@ def test_every_site_is_in_one_stage_from_the_input_to_the_output(count, sizes):
     assert all((rules[-1].match, rules[-1].method) == (("*",), None) for rules in parts)
 
 
-def test_shared_kernels_are_refused():
-    plan, sites = plan_of(Rule(match=("layer1.*",), method=Shared()), *EVERYWHERE)
-    with pytest.raises(RecipeError, match=r"\[progressive\]: shared fits all sites of a kernel at once"):
-        parts_of(plan, sites, 2)
-
-
 # A run
 
 
@@ -110,6 +104,21 @@ def test_a_run_in_stages_ends_with_the_plan_of_one_at_once(tmp_path, data, rules
     count = len(got.plan.methods())
     assert any(f"out.stage1: {count // 2} of {count} sites" in line for line in said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_converted_network_is_converted_further(tmp_path, data):
+    first = run(data, tmp_path / "first", rules=(Rule(match=("layer1.*",), method=Circulant()),), stages=2)
+    said = []
+    recipe = recipe_of(data).model_copy(update={"model": ModelPart(source=str(tmp_path / "first"))})
+    settings = Settings(device="cpu", threads=1, trust_code=True, say=said.append)
+    whole_run.run(recipe, "", tmp_path / "out", settings)
+    got = settings.open(ModelPart(source=str(tmp_path / "out")))
+    methods = got.plan.methods()
+    assert {name: type(method) for name, method in methods.items()} == dict.fromkeys(
+        SITES[:2], Circulant
+    ) | dict.fromkeys(SITES[2:], LinearMix)
+    assert first.plan.groups == got.plan.groups[: len(first.plan.groups)]
+    assert any("out.stage1: 1 of 2 sites" in line for line in said)
 
 
 def test_there_are_no_more_stages_than_sites(tmp_path, data):
@@ -142,6 +151,27 @@ def test_what_an_earlier_run_left_is_neither_lost_nor_taken_for_another(tmp_path
     with pytest.raises(TrainingError, match="can't resume: the hash of the training data"):
         run(other, place, resume=True, stages=3)
     assert (tmp_path / "out.stage1.checkpoints").exists()
+
+
+SHARED = {
+    "a rule": {"convert": (Rule(match=("layer1.*",), method=Shared()), *EVERYWHERE)},
+    "a budget": {"convert": (), "budget": Budget(targets=("params=50%",), methods=("linear_mix", "shared"))},
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_shared_kernels_are_refused(data, case):
+    parts = dict(recipe_of(data)) | SHARED[case]
+    with pytest.raises(ValueError, match=r"\[progressive\]: shared fits all sites of a kernel at once"):
+        Recipe(**parts)
+
+
+def test_a_budget_in_stages_shares_no_kernels_unasked(data):
+    budget = Budget(targets=("params=50%",))
+    at_once = Recipe(**dict(recipe_of(data)) | {"convert": (), "budget": budget, "progressive": None})
+    in_stages = at_once.model_copy(update={"progressive": Progressive()})
+    assert at_once.decision == budget
+    assert in_stages.decision == budget.model_copy(update={"methods": ("linear_mix", "circulant")})
 
 
 @pytest.mark.parametrize("missing", ["finetune", "convert"])
