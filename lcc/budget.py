@@ -170,9 +170,11 @@ def check(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> N
         raise RecipeError(f"satisfiable: no; each target alone is, but not {every} at once")
 
 
-def floor(options: Sequence[Option], now: Costs, quantity: Quantity) -> Budgeted:
-    """Return the choice that costs least."""
-    found = _search(options, now, [], least=quantity)
+def floor(
+    options: Sequence[Option], now: Costs, quantity: Quantity, others: Sequence[Target] = ()
+) -> Budgeted:
+    """Return the choice that costs least, of those that keep the `others` among the targets, if any does."""
+    found = _search(options, now, _limits(others, now), least=quantity)
     return found or Budgeted((), dict(now), 0.0, 0.0, 0.0)
 
 

@@ -31,7 +31,7 @@ def options_for(
     A class stands for its family. `include` and `exclude` are globs over names. A method that shares takes a
     whole bank. Of bytes only those of parameters count: a block's buffers, some hundredths of them, do not.
     """
-    free = [site for site in sites if _is_free(site, include, exclude)]
+    free = [site for site in sites if _is_named(site, include, exclude) and site.sizes]
     wanted: dict[Method, list[Site]] = {}
     for site in free:
         found = [_members(method, site) for method in methods]
@@ -67,16 +67,25 @@ def rules_of(taken: Sequence[Option]) -> tuple[Rule, ...]:
     return (*banks, *(Rule(match=tuple(names), method=method) for method, names in alone.items()))
 
 
-def obstacles(sites: tuple[Site, ...], methods: Sequence[Method | type[Method]]) -> str:
+def obstacles(
+    sites: tuple[Site, ...],
+    methods: Sequence[Method | type[Method]],
+    *,
+    include: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (),
+) -> str:
     """Return in words why these methods take no site: what the first says of each, most often first."""
     counts: Counter[str] = Counter()
     for site in sites:
+        if not _is_named(site, include, exclude):
+            continue
         kinds = [method for method in methods if site.kind in method.kinds]
         if kinds:
             reason = site.why_not(_members(kinds[0], site)[0]) or "would save none of it"
             counts[reason.partition(" (")[0].partition(":")[0]] += 1
     listed = "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
-    return f"no method takes any of its {counts.total()} sites ({listed})"
+    left = " that --include and --exclude leave" if include or exclude else ""
+    return f"no method takes any of its {counts.total()} sites{left} ({listed})"
 
 
 def _members(method: Method | type[Method], site: Site) -> tuple[Method, ...]:
@@ -85,9 +94,8 @@ def _members(method: Method | type[Method], site: Site) -> tuple[Method, ...]:
     return method.family(site.spec) if site.kind in method.kinds else ()
 
 
-def _is_free(site: Site, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
-    named = not include or Rule(match=include).matches(site)
-    return named and not Rule(match=exclude).matches(site) and bool(site.sizes)
+def _is_named(site: Site, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
+    return (not include or Rule(match=include).matches(site)) and not Rule(match=exclude).matches(site)
 
 
 def _options(method: Method, free: Sequence[Site], sites: tuple[Site, ...]) -> Iterator[Option]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lcc.data import Split
     from lcc.measure import Conditions
     from lcc.network import Network
-    from lcc.onnx_runtime import Device
     from lcc.recipe import ModelPart
     from lcc.report import LayerRow
     from lcc.settings import Settings
@@ -78,7 +77,7 @@ def on_data(text: str, part: str) -> str:
 
 def bench(parts: tuple[ModelPart, ...], settings: Settings, options: BenchOptions) -> tuple[Bench, ...]:
     """Time lcc directories, sources and ONNX files against each other, the first being the baseline."""
-    _check_device(settings)
+    settings.check_bench_device()
     files = {part.source: Path(part.source) for part in parts if part.source.endswith(".onnx")}
     networks = {part.source: settings.open(part) for part in parts if part.source not in files}
     for target, path in files.items():
@@ -99,12 +98,12 @@ def bench(parts: tuple[ModelPart, ...], settings: Settings, options: BenchOption
 
 def bench_operators(sweep: SweepOptions, settings: Settings, options: BenchOptions) -> tuple[Sweep, ...]:
     """Time single operators against dense convolutions over a range of shapes."""
-    _check_device(settings)
+    settings.check_bench_device()
     return sweep_operators(
         sweep,
         batch=options.batch,
         threads=options.threads,
-        device=_bench_device(settings),
+        device=settings.bench_device,
         rounds=options.rounds,
     )
 
@@ -199,7 +198,7 @@ def _bench_torch(networks: dict[str, Network], options: BenchOptions, settings: 
         {name: network.loaded.model for name, network in networks.items()},
         example,
         threads=options.threads,
-        device=_bench_device(settings),
+        device=settings.bench_device,
         rounds=options.rounds,
     )
 
@@ -209,19 +208,9 @@ def _bench_onnx(files: dict[str, Path], options: BenchOptions, settings: Setting
         files,
         batch=options.batch,
         threads=options.threads,
-        device=_bench_device(settings),
+        device=settings.bench_device,
         rounds=options.rounds,
     )
-
-
-def _check_device(settings: Settings) -> None:
-    if settings.device not in ("auto", "cpu", "cuda"):
-        raise RecipeError(f"--device {settings.device}: latency is measured on cpu or cuda")
-
-
-def _bench_device(settings: Settings) -> Device:
-    """Latency is measured on the CPU unless a GPU is asked for by name."""
-    return "cuda" if settings.device.startswith("cuda") else "cpu"
 
 
 def _exported(network: Network, path: Path) -> Path:

@@ -135,14 +135,20 @@ def refuse_other_classes(train: Split, held_out: Split) -> None:
         )
 
 
+def enough_images(text: str, count: int) -> Split:
+    """Return the training part. Raises: DataError: fewer than `count` images."""
+    split = open_split(text, "train")
+    if len(split) < count:
+        raise DataError(f"{text}: has {len(split)} training images, {count} were asked for")
+    return split
+
+
 def images(text: str, preprocessing: Preprocessing, count: int, seed: int = 0) -> Tensor:
     """Return (count, 3, H, W) normalised training images for calibration; a seeded choice, without labels.
 
     Raises: DataError: fewer than `count` images.
     """
-    split = open_split(text, "train")
-    if len(split) < count:
-        raise DataError(f"{text}: has {len(split)} training images, {count} were asked for")
+    split = enough_images(text, count)
     transform = pixels_transform(preprocessing)
     chosen = np.random.default_rng(seed).permutation(len(split))[:count]
     pixels = torch.stack([transform(split.images[int(index)][0]) for index in chosen])

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import sys
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lcc import __version__
-from lcc.errors import ArtifactError, CheckFailedError, RecipeError, SourceError, first_line
+from lcc.errors import CheckFailedError, RecipeError, SourceError, first_line
 from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.lowering import lower_
 from lcc.manifest import FORMAT
@@ -28,9 +26,9 @@ from lcc.onnx_export import INPUT, export_graph, to_file
 from lcc.onnx_graph import to_half
 from lcc.onnx_runtime import Session
 from lcc.specs import Frozen, Size
+from lcc.written_files import check_file, written_at_once
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from lcc.methods import Lowering
@@ -101,7 +99,7 @@ def to_onnx(
     if tolerance is None:
         tolerance = HALF_TOLERANCE if half else TOLERANCE
     check_file(path, force=True)
-    with _written_at_once(path) as part:
+    with written_at_once(path) as part:
         network = copy.deepcopy(loaded.model).cpu().float().eval()
         channels, (height, width) = len(loaded.preprocessing.mean), loaded.preprocessing.image_size
         generator = torch.Generator().manual_seed(seed)
@@ -129,34 +127,6 @@ def to_onnx(
         lowered=lowered,
         lowering_error=lowering_error,
     )
-
-
-def check_file(path: Path, *, force: bool = False) -> None:
-    """Make sure, before any long work and leaving no trace, that `to_onnx` can write there.
-
-    Raises: ArtifactError: it is no file name, it exists (without `force`), or the folder can't be written.
-    """
-    if path.is_dir() or not path.name:
-        raise ArtifactError(f"{path} can't be written: it is a directory; name a file, such as model.onnx")
-    if path.exists() and not force:
-        raise ArtifactError(f"{path} exists; choose another path, or replace it with --force")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ArtifactError(f"{path} can't be written: {folder.name} is no folder that you can write to")
-
-
-@contextmanager
-def _written_at_once(path: Path) -> Iterator[Path]:
-    """Give a file beside `path` to write, which takes its place if all goes well and is gone otherwise."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.touch()
-        yield part
-        part.replace(path)
-    except OSError as error:
-        raise ArtifactError(f"{path} can't be written: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @torch.no_grad()

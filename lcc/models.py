@@ -43,6 +43,11 @@ class Source(Frozen):
         """Whether the weights were never trained, so that accuracy means nothing."""
         return self.weights == "none"
 
+    @property
+    def has_new_head(self) -> bool:
+        """Whether the last layer is random beside pretrained ones: for another number of classes."""
+        return self.num_classes is not None and self.weights == "default"
+
     def __str__(self) -> str:
         return f"{self.id}, " + (
             f"random weights (seed {self.seed})" if self.is_random else f"{self.weights} weights"

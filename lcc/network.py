@@ -85,7 +85,16 @@ class Network:
     @property
     def is_random(self) -> bool:
         """Whether its weights were never trained, at the source or since: accuracy means nothing."""
-        return self.loaded.source.is_random and not any(event.kind == "train" for event in self.history)
+        return self.loaded.source.is_random and not self._was_trained
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether its last layer was never trained, at the source or since."""
+        return self.loaded.source.has_new_head and not self._was_trained
+
+    @property
+    def _was_trained(self) -> bool:
+        return any(event.kind == "train" for event in self.history)
 
     @property
     def was_trained_first(self) -> bool:

@@ -21,7 +21,7 @@ from lcc.comparison import (
 from lcc.conversion import convert_network, planned
 from lcc.directory import WEIGHTS
 from lcc.errors import ArtifactError, RecipeError
-from lcc.export import Exported, check_file, to_onnx
+from lcc.export import Exported, to_onnx
 from lcc.inspection import Inspection, inspection
 from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.network import Network, original_of, sites_of
@@ -31,6 +31,7 @@ from lcc.recipe import Budget, Calibrate, Finetune, ModelPart
 from lcc.settings import Settings, checkpoints_of, fits_of
 from lcc.specs import Cost
 from lcc.tuning import original_teacher, train_network
+from lcc.written_files import check_file, written_at_once
 
 if TYPE_CHECKING:
     from lcc.evaluation import Accuracy
@@ -93,7 +94,7 @@ def convert(
     without images; ArtifactError: the target.
     """
     artifact.check_target(directory, force=settings.force)
-    _check_plan_file(save_plan, settings)
+    _check_plan_file(save_plan, settings, directory)
     original = open_first(part, settings)
     rules = decided(original, decision, calibration, settings, save_plan)
     fits = fits_of(directory)
@@ -285,19 +286,21 @@ def decided(
 
 def _saved_plan(planned: Planned, path: Path | None, settings: Settings) -> Planned:
     if path is not None:
-        path.write_text(rules_text(planned.rules, planned.report), encoding="utf-8")
+        with written_at_once(path) as file:
+            file.write_text(rules_text(planned.rules, planned.report), encoding="utf-8")
         settings.say(f"wrote {path}; edit it, then: lcc convert SOURCE --plan {path} -o DIR")
     return planned
 
 
-def _check_plan_file(path: Path | None, settings: Settings) -> None:
+def _check_plan_file(path: Path | None, settings: Settings, directory: Path | None = None) -> None:
     """Make sure, before any long work, that rules can be written there. Raises: ArtifactError."""
     if path is None:
         return
-    if path.exists() and not settings.force:
-        raise ArtifactError(f"{path} exists; --force replaces it")
-    if path.is_dir() or not path.parent.is_dir():
+    check_file(path, force=settings.force)
+    if not path.parent.is_dir():
         raise ArtifactError(f"{path} can't be written: name a file in a folder that is there")
+    if directory is not None and directory.resolve() in path.resolve().parents:
+        raise ArtifactError(f"{path} would be lost in {directory}, which is lcc's own; put it beside")
 
 
 def _told_apart(named: list[tuple[Network, str]]) -> list[Network]:

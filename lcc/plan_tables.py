@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from lcc import data
-from lcc.budget import amount, check
+from lcc.budget import amount, check, floor
 from lcc.candidates import obstacles, options_for, worthwhile
 from lcc.counts import count_macs, count_params
 from lcc.error_table import with_errors
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from lcc.recipe import Budget, Calibrate
     from lcc.settings import Settings
 
-BENCH_ROUNDS = 10
 TIE = 1e-2  # of all errors together, beside all parameters
 
 
@@ -72,16 +71,22 @@ def tables_for(
     for quantity in quantities:
         if quantity not in met and not worthwhile(options, ["macs" if quantity == "latency" else quantity]):
             raise RecipeError(
-                f"satisfiable: no; the floor is 100% of the {quantity}: {obstacles(sites, methods)}"
+                f"satisfiable: no; the floor is 100% of the {quantity}: "
+                f"{obstacles(sites, methods, include=budget.include, exclude=budget.exclude)}"
             )
     check(options, now, counted)
     if "latency" in quantities:
-        data.open_train(calibration.data)
+        settings.check_bench_device()
+        data.enough_images(calibration.data, calibration.images)
         clock = _clock(original, sites, budget, settings)
         also: list[Quantity] = [target.quantity for target in counted]
         options = clock.price(worthwhile(options, [*also, "macs"]), settings.say)
         now = {**now, "latency": clock.now_ms}
         check(clock.scaled(options), now, targets)
+        if floor(clock.scaled(options), now, "latency").costs["latency"] >= clock.now_ms:
+            raise RecipeError(
+                "satisfiable: no; the floor is 100% of the latency: nothing that would save MACs was faster"
+            )
     if targets and all(now[target.quantity] <= target.of(now) for target in targets):
         reached = ", ".join(amount(target.quantity, now[target.quantity]) for target in targets)
         raise NothingToConvertError(f"nothing to convert: the network has its targets already ({reached})")
@@ -132,9 +137,8 @@ def _costs(network: Network) -> Costs:
 def _clock(original: Network, sites: tuple[Site, ...], budget: Budget, settings: Settings) -> Clock:
     timing = Timing(
         runtime=budget.runtime,
-        device="cuda" if settings.device.startswith("cuda") else "cpu",
+        device=settings.bench_device,
         batch=budget.batch,
         threads=budget.threads,
-        rounds=BENCH_ROUNDS,
     )
     return Clock(original, sites, timing)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lcc import data
+from lcc.batches import eval_batches
 from lcc.budget import EXACT, Target, amount, floor, frontier, meet, neighbours, parse_target
 from lcc.candidates import rules_of
 from lcc.comparison import measured_accuracy
 from lcc.conversion import convert_network
 from lcc.error_check import checked_errors, refuse_few_images
 from lcc.errors import RecipeError
+from lcc.evaluation import count_outputs
 from lcc.plan import Rule
 from lcc.plan_report import Compared, Part, PlanReport, Point, changes
 from lcc.plan_tables import Tables, tables_for
@@ -60,10 +62,10 @@ def plan_within(
     if check_errors:
         refuse_few_images(calibration)
     targets = tuple(map(parse_target, budget.targets))
-    judges = None if budget.data is None else data.open_eval(budget.data)
+    judges = None if budget.data is None else _judges(original, budget.data)
     tables = tables_for(original, budget, targets, calibration, settings)
     if judges is None or budget.max_drop is None:
-        found, drop = _chosen(tables, targets), None
+        found, drop = _chosen(tables, targets, settings), None
     else:
         before = measured_accuracy(original, judges, settings)
         lost = partial(_points_lost, original, before, calibration, judges, settings)
@@ -78,7 +80,7 @@ def plan_within(
     return Planned((*rules_of(found.taken), kept), report)
 
 
-def _chosen(tables: Tables, targets: Sequence[Target]) -> Budgeted:
+def _chosen(tables: Tables, targets: Sequence[Target], settings: Settings) -> Budgeted:
     """Return the choice; where latency is known, one that was measured, and made anew where it is off.
 
     Raises: RecipeError: no choice does; or those measured turned out too slow.
@@ -98,9 +100,11 @@ def _chosen(tables: Tables, targets: Sequence[Target]) -> Budgeted:
         if abs(trials[-1].choice.costs["latency"] - found.costs["latency"]) <= CLOSE * found.costs["latency"]:
             break
         clock.learn(trials[-1].whole)
-    fitting = [trial for trial in trials if _keeps(trial.choice, now, targets)] or [
-        _measured(floor(clock.scaled(tables.options), now, "latency"), tables, clock)
-    ]
+    fitting = [trial for trial in trials if _keeps(trial.choice, now, targets)]
+    if not fitting:
+        settings.say("note: what was chosen turned out slower than the target; trying the fastest there is")
+        others = [target for target in targets if target.quantity != "latency"]
+        fitting = [_measured(floor(clock.scaled(tables.options), now, "latency", others), tables, clock)]
     best = min(fitting, key=lambda trial: trial.choice.harm)
     if not _keeps(best.choice, now, targets):
         reached = amount("latency", best.choice.costs["latency"])
@@ -132,6 +136,15 @@ def _keeps(found: Budgeted, now: Costs, targets: Sequence[Target]) -> bool:
         <= target.of(now) * (1 + (CLOSE if target.quantity == "latency" else EXACT))
         for target in targets
     )
+
+
+def _judges(original: Network, text: str) -> Split:
+    """Return the images that tell what a plan loses. Raises: RecipeError: nothing that can be lost."""
+    if original.is_random or original.has_new_head:
+        raise RecipeError("--max-drop needs a trained network; weights here are random, or the last layer's")
+    judges = data.open_eval(text)
+    count_outputs(original.loaded.model, eval_batches(judges, original.loaded.preprocessing, batch_size=1))
+    return judges
 
 
 def _within_drop(

@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lcc.errors import RecipeError
 from lcc.recipe import Finetune, Recipe, Rules
 from lcc.validation import in_words
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lcc.plan import Rule
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -26,15 +30,12 @@ def load(path: str | Path, overrides: tuple[str, ...] = ()) -> Recipe:
     for override in overrides:
         _override_(document, override)
     _list_single_globs_(document)
-    try:
-        # By way of JSON: strict validation takes a list for a tuple there, and only there.
-        return Recipe.model_validate_json(json.dumps(document, default=_refuse_date))
-    except ValidationError as error:
-        problem = in_words(error, Recipe)
-        blamed = [f" with --set {override}" for override in overrides if _about(problem, override)]
-        raise RecipeError(f"{path}{''.join(blamed)}: {problem}") from error
-    except _DateError as error:
-        raise RecipeError(f"{path}: {error} is a date, which no key takes; put it in quotes") from error
+
+    def blamed(problem: str) -> str:
+        given = [f" with --set {override}" for override in overrides if _about(problem, override)]
+        return f"{path}{''.join(given)}: "
+
+    return _valid(Recipe, document, blamed)
 
 
 def text_with(path: str | Path, overrides: tuple[str, ...] = ()) -> str:
@@ -50,13 +51,7 @@ def rules_from(path: str | Path) -> tuple[Rule, ...]:
     """
     document = _read(Path(path), "plan")
     _list_single_globs_(document)
-    try:
-        rules = Rules.model_validate_json(json.dumps(document, default=_refuse_date)).convert
-    except ValidationError as error:
-        raise RecipeError(f"{path}: {in_words(error, Rules)}") from error
-    except _DateError as error:
-        raise RecipeError(f"{path}: {error} is a date, which no key takes; put it in quotes") from error
-    return rules
+    return _valid(Rules, document, lambda _: f"{path}: ").convert
 
 
 def finetune_options(given: dict[str, Any], overrides: tuple[str, ...] = ()) -> Finetune:
@@ -67,10 +62,19 @@ def finetune_options(given: dict[str, Any], overrides: tuple[str, ...] = ()) -> 
     document = dict(given)
     for override in overrides:
         _override_(document, override)
+    return _valid(Finetune, document, lambda _: "fine-tuning option ")
+
+
+def _valid(kind: type[Model], document: dict[str, Any], blamed: Callable[[str], str]) -> Model:
+    """Return what a document says. Raises: RecipeError: with `blamed` of what is wrong in front."""
     try:
-        return Finetune.model_validate_json(json.dumps(document, default=_refuse_date))
+        # By way of JSON: strict validation takes a list for a tuple there, and only there.
+        return kind.model_validate_json(json.dumps(document, default=_refuse_date))
     except ValidationError as error:
-        raise RecipeError(f"fine-tuning option {in_words(error, Finetune)}") from error
+        problem = in_words(error, kind)
+        raise RecipeError(f"{blamed(problem)}{problem}") from error
+    except _DateError as error:
+        raise RecipeError(f"{blamed('')}{error} is a date, which no key takes; put it in quotes") from error
 
 
 def _read(path: Path, what: str = "recipe") -> dict[str, Any]:

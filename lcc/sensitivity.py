@@ -70,7 +70,7 @@ def damages(
     started = time.perf_counter()
     with torch.no_grad():
         for part in parts:
-            model(part)
+            _refuse_no_classes(model(part))
     forward = time.perf_counter() - started
     trials = [_Trial(model, sites, method, names) for method, names in options]
     done = 0
@@ -181,12 +181,7 @@ def _slopes(
     with torch.enable_grad(), ExitStack() as stack:
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(keep(name)).remove)
-        logits = model(images)
-        if not isinstance(logits, Tensor) or logits.ndim != 2:  # (images, classes)
-            raise SourceError(
-                "a planner needs a classifier, which gives (images, classes); decide by --method"
-            )
-        log_likelihoods = F.log_softmax(logits, dim=1)
+        log_likelihoods = F.log_softmax(model(images), dim=1)
     drawn: list[tuple[Tensor, ...]] = []
     for draw in range(DRAWS):
         labels = torch.multinomial(log_likelihoods.detach().exp().cpu(), 1, generator=generator)
@@ -200,6 +195,11 @@ def _slopes(
     for (name, _), slope in zip(outputs, zip(*drawn, strict=True), strict=True):
         slopes[name].append(list(slope))
     return seen, slopes
+
+
+def _refuse_no_classes(logits: object) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise SourceError("a planner needs a classifier, which gives (images, classes); decide by --method")
 
 
 def _with_moments_of(wanted: Tensor, got: Tensor) -> Tensor:

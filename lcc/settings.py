@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from lcc import progress
+from lcc.errors import RecipeError
 from lcc.methods import LowCostOp
 from lcc.network import Network, open_network
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lcc.onnx_runtime import Device
     from lcc.recipe import ModelPart
 
 Say = Callable[[str], None]
@@ -32,6 +34,16 @@ class Settings:
     trust_code: bool = False
     force: bool = False
     say: Say = progress.say
+
+    @property
+    def bench_device(self) -> Device:
+        """Where latency is measured: on the CPU, unless a GPU is asked for by name."""
+        return "cuda" if self.device.startswith("cuda") else "cpu"
+
+    def check_bench_device(self) -> None:
+        """Make sure, where latency is what is asked for, that it is measured there. Raises: RecipeError."""
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise RecipeError(f"--device {self.device}: latency is measured on cpu or cuda")
 
     def open(self, part: ModelPart, *, name: str | None = None) -> Network:
         """Return a network and tell its notes."""

@@ -95,7 +95,7 @@ def original_teacher(network: Network, settings: Settings) -> Network:
         raise RecipeError(
             "the original had random weights and can't teach; name a --teacher, or pass --set distill=0"
         )
-    if source.num_classes is not None and source.weights == "default":
+    if source.has_new_head:
         raise RecipeError(
             f"the original's last layer was new, for {source.num_classes} classes, and can't teach; name a "
             "--teacher trained on this data, or pass --set distill=0"

@@ -59,8 +59,9 @@ class Clock:
         self.now_ms = 0.0
         self._table: LatencyTable = {}
         self._scale = 1.0
-        model = network.loaded.model
-        structure = f"{model}{network.loaded.preprocessing.image_size}".encode()
+        loaded = network.loaded
+        kinds = [site.model_dump_json() for site in sites]
+        structure = f"{loaded.source.id}{loaded.model}{loaded.preprocessing.image_size}{kinds}".encode()
         self.conditions = ""
         conditions = {**conditions_of(timing), "network": hashlib.sha256(structure).hexdigest()}
         self._store = Store(cache_folder(), "networks", conditions, Whole)
@@ -79,6 +80,8 @@ class Clock:
             for place in self._places(option.sites) if option.saved["macs"] else ():
                 wanted.setdefault(place, []).append(option.method)
         if count := missing(wanted, self.timing, cache=cache_folder()):
+            if self.timing.runtime == "onnx":
+                self._original()  # what can't be exported is told before hours of timing
             say(f"timing {count} operators and dense convolutions, each alone; kept in {cache_folder()}")
         self._table = measure_latencies(wanted, self.timing, cache=cache_folder())
         untimed = {
@@ -166,6 +169,12 @@ class Clock:
             self._known[rules] = whole
         return self._known[rules]
 
+    def _original(self) -> bytes:
+        """Return the original as an ONNX file. Raises: CheckFailedError: it can't be one."""
+        if self._original_file is None:
+            self._original_file = _file(self.network)
+        return self._original_file
+
     def _timed(self, rules: tuple[Rule, ...]) -> Whole:
         """Time the network with fresh operators beside the original."""
         loaded = self.network.loaded
@@ -184,11 +193,9 @@ class Clock:
                 rounds=timing.rounds,
             )
         else:
-            if self._original_file is None:
-                self._original_file = _file(self.network)
             converted = _file(self.network.but(loaded=replace(loaded, model=model)))
             bench = bench_onnx(
-                {BEFORE: self._original_file, AFTER: converted},
+                {BEFORE: self._original(), AFTER: converted},
                 batch=timing.batch,
                 threads=timing.threads,
                 device=timing.device,

@@ -11,11 +11,12 @@ from lcc import artifact, checkpoints, data, fit_store, progressive
 from lcc import recipe_file as recipes
 from lcc.comparison import EVAL_BATCH, BenchOptions, measured_accuracy, on_data, timed_report
 from lcc.conversion import convert_network
-from lcc.export import check_file, to_onnx
+from lcc.export import to_onnx
 from lcc.pipeline import decided, exported_lines, onnx_beside, open_first, saved
 from lcc.settings import Settings, checkpoints_of, fits_of
 from lcc.tables import report_sheets, to_markdown
 from lcc.tuning import train_network
+from lcc.written_files import check_file
 
 if TYPE_CHECKING:
     from lcc.data import Split
@@ -161,9 +162,8 @@ def _recipe_teacher(recipe: Recipe, original: Network, settings: Settings) -> Ne
     """Return what a recipe distils from: what it names, else what it converts, unless that is untrained."""
     if recipe.teacher is not None:
         return settings.open(recipe.teacher, name="teacher")
-    source = original.loaded.source
-    new_head = source.num_classes is not None and source.weights == "default"
-    return original if (recipe.convert or recipe.budget) and not original.is_random and not new_head else None
+    able = not (original.is_random or original.has_new_head)
+    return original if able and (recipe.convert or recipe.budget) else None
 
 
 def _evaluated_on(recipe: Recipe) -> Split | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from planning_setting import (
@@ -59,11 +61,25 @@ def test_a_budget_without_images_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_inside_of_the_directory_that_is_made_is_refused_before_the_work(tmp_path):
+    inside = tmp_path / "out" / "plan.toml"
+    inside.parent.mkdir()
+    with pytest.raises(ArtifactError, match="put it beside"):
+        pipeline.convert(
+            PART,
+            inside.parent,
+            Budget(targets=("macs=70%",)),
+            replace(SETTINGS, force=True),
+            calibration=Calibrate(data="idx:nowhere"),
+            save_plan=inside,
+        )
+
+
 @pytest.mark.parametrize("place", ["plan.toml", "nowhere/plan.toml", "."])
 def test_where_a_plan_cannot_be_written_is_said_before_the_work(tmp_path, place):
     (tmp_path / "plan.toml").write_text("mine")
     budget, calibration = Budget(targets=("macs=70%",)), Calibrate(data="idx:nowhere")
-    with pytest.raises(ArtifactError, match=r"exists; --force|can't be written"):
+    with pytest.raises(ArtifactError, match=r"with --force|can't be written"):
         pipeline.budget(PART, budget, calibration, SETTINGS, save_plan=tmp_path / place)
     assert (tmp_path / "plan.toml").read_text() == "mine"
 

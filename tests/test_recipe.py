@@ -5,9 +5,10 @@ import json
 import pytest
 
 from lcc.errors import RecipeError
+from lcc.method_text import method_from_text
 from lcc.methods.linear_mix import LinearMix
 from lcc.recipe import Calibrate, Recipe
-from lcc.recipe_file import load
+from lcc.recipe_file import finetune_options, load
 
 WHOLE = """
 lcc = 1
@@ -168,6 +169,13 @@ def test_a_wrong_override_is_named(read, override, line):
 
 def test_a_good_override_is_not_blamed_for_another_keys_fault(read):
     assert "--set" not in refusal(read, f"{FINETUNE}lrr = 1", "finetune.lr=1")
+
+
+def test_a_date_is_refused_where_options_and_methods_are_given_by_hand():
+    with pytest.raises(RecipeError, match="2026-01-01 is a date, which no key takes"):
+        finetune_options({"data": "x"}, ("clip_norm=2026-01-01",))
+    with pytest.raises(RecipeError, match="group_size: should be a whole number"):
+        method_from_text("linear_mix:group_size=2026-01-01")
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -262,7 +262,7 @@ def parse_method(value: Any) -> Method:
     kind = METHODS.get(value["name"])
     if kind is None:
         raise ValueError(f"no method is called {value['name']!r}; known: {', '.join(METHODS)}")
-    return kind.model_validate_json(json.dumps(value))
+    return kind.model_validate_json(json.dumps(value, default=str))  # a date is no value of any
 
 
 # A tagged union that reads from the table: a field typed as the abstract Method would dump as {}.
