@@ -12,12 +12,12 @@ import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from lcc.alignment import align_, inner_pairs
-from lcc.errors import NothingToConvertError
+from lcc.errors import NothingToConvertError, RecipeError
 from lcc.methods.shared import Shared
 from lcc.plan import Group, Kept, Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import nn
 
@@ -47,6 +47,19 @@ def settle_banks_(model: nn.Module, sites: tuple[Site, ...], plan: Plan) -> tupl
         alignment = align_(model, _to_align(split), pairs)
     kept = (*plan.kept, *(Kept(site=site, reason=ALONE) for site in lost))
     return split.model_copy(update={"kept": kept}), alignment
+
+
+def refuse_unsettled(methods: Iterable[object]) -> None:
+    """Refuse methods whose banks `settle_banks_` would change after a planner priced them.
+
+    Raises: RecipeError: one has several kernels, or orders inner channels first.
+    """
+    for method in methods:
+        if isinstance(method, Shared) and (method.kernels > 1 or method.align):
+            raise RecipeError(
+                f"{method}: a planner prices banks of one kernel, in the order that the channels have: give "
+                "kernels=1 and align=false"
+            )
 
 
 def _to_align(plan: Plan) -> list[tuple[str, ...]]:

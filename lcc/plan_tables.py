@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from lcc import data
+from lcc.banks import refuse_unsettled
 from lcc.budget import amount, check, floor
 from lcc.candidates import obstacles, options_for, worthwhile
 from lcc.counts import count_macs, count_params
@@ -116,11 +117,14 @@ def _by_capacity(options: Sequence[Option], now: Costs) -> list[Option]:
 def _methods(budget: Budget) -> list[Method | type[Method]]:
     """Return what to choose from: what is named, else the families of all that is fitted in closed form.
 
-    A method named without hyperparameters stands for its family.
+    A method named without hyperparameters stands for its family. Raises: RecipeError: banks that a planner
+    can't price.
     """
     if not budget.methods:
         return [kind for kind in METHODS.values() if not kind.fits_slowly]
-    return [METHODS.get(text) or method_from_text(text) for text in dict.fromkeys(budget.methods)]
+    named = [METHODS.get(text) or method_from_text(text) for text in dict.fromkeys(budget.methods)]
+    refuse_unsettled(named)
+    return named
 
 
 def _costs(network: Network) -> Costs:

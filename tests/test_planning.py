@@ -116,6 +116,12 @@ def test_that_nothing_can_be_saved_is_said_of_the_sites_that_are_left(data):
         planned(data, "macs=80%", include=("stem",), methods=("linear_mix",))
 
 
+@pytest.mark.parametrize("method", ["shared:kernels=2,align=false", "shared:scale=true"])
+def test_banks_that_would_change_after_they_are_priced_are_refused(data, method):
+    with pytest.raises(RecipeError, match=r"shared\(.*\): a planner prices banks of one kernel"):
+        planned(data, "params=80%", methods=(method,))
+
+
 def test_too_few_images_are_told_before_anything_is_timed(data, monkeypatch):
     monkeypatch.setattr(plan_tables, "Clock", lambda *_: pytest.fail("timed"))
     with pytest.raises(DataError, match="has 24 training images, 25 were asked for"):
