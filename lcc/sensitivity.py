@@ -67,11 +67,12 @@ def damages(
     device = device_of(model)
     chunk = min(CHUNK, max(1, images_at_once(model, images) // (2 + DRAWS)))  # gradients stay alive, too
     parts = [part.to(device) for part in images.split(chunk)]
-    started = time.perf_counter()
     with torch.no_grad():
+        _refuse_no_classes(model(parts[0]))  # the first is slower, and no unit
+        started = _now(device)
         for part in parts:
-            _refuse_no_classes(model(part))
-    forward = time.perf_counter() - started
+            model(part)
+    forward = _now(device) - started
     trials = [_Trial(model, sites, method, names) for method, names in options]
     done = 0
     for batch in _batches(trials):
@@ -88,7 +89,14 @@ def damages(
                 trial.take_in(seen, slopes)
     scale = 0.5 / (DRAWS * len(images))
     entries = tuple(Damage(trial.relative_error, scale * trial.squares) for trial in trials)
-    return Damages(entries, (time.perf_counter() - started) / forward)
+    return Damages(entries, (_now(device) - started) / forward)
+
+
+def _now(device: torch.device) -> float:
+    """Return the time in seconds at which a device is done with what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 class _Trial:
