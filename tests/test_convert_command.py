@@ -70,7 +70,7 @@ def test_a_plan_is_not_written_over_what_is_there(lcc_run, monkeypatch, tmp_path
     (tmp_path / "plan.toml").write_text("mine")
     code, _, err = lcc_run("convert", *NET, *more, *IMAGES, *TARGET, "--save-plan", "plan.toml")
     assert code == 2
-    assert "plan.toml exists; --force replaces it" in one_line(err)
+    assert "plan.toml exists; choose another path, or replace it with --force" in one_line(err)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.toml"]
     assert (tmp_path / "plan.toml").read_text() == "mine"
 
