@@ -40,6 +40,7 @@ def test_a_stream_begun_later_is_the_end_of_the_whole_one(data, changes):
     assert same(stream(data, start=7, **changes), whole[7:])
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
 def test_batches_do_not_depend_on_the_number_of_workers(tmp_path):
     text = image_folder(tmp_path, {"train": {"a": 24, "b": 24}})
     changes = {"crop": "resize", "auto_augment": "rand-m5", "random_erase": 0.5}
