@@ -119,7 +119,7 @@ def load(
         source=Source(
             id=architecture.id,
             weights=f"file:{checkpoint.path.name}" if checkpoint is not None else weights or "default",
-            num_classes=num_classes,
+            num_classes=None if num_classes == architecture.classes else num_classes,
             seed=seed,
         ),
         preprocessing=_adjusted(architecture.preprocessing, given),

@@ -84,7 +84,7 @@ def tables_for(
         options = clock.price(worthwhile(options, [*also, "macs"]), settings.say)
         now = {**now, "latency": clock.now_ms}
         check(clock.scaled(options), now, targets)
-        if floor(clock.scaled(options), now, "latency").costs["latency"] >= clock.now_ms:
+        if not targets and floor(clock.scaled(options), now, "latency").costs["latency"] >= clock.now_ms:
             raise RecipeError(
                 "satisfiable: no; the floor is 100% of the latency: nothing that would save MACs was faster"
             )

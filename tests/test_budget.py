@@ -98,6 +98,16 @@ def test_the_floor_is_what_the_cheapest_choice_costs(seed):
     assert floor(options, NOW, "macs").costs["macs"] == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_floor_beside_other_targets_keeps_them(seed):
+    options, other = some_options(seed), Target(quantity="params", share=0.6)
+    kept = [costs for taken in all_choices(options) if (costs := costs_of(taken))["params"] <= other.of(NOW)]
+    wanted = min((costs["latency"] for costs in kept), default=NOW["latency"])
+    found = floor(options, NOW, "latency", [other])
+    assert found.costs["latency"] == pytest.approx(wanted)
+    assert found.costs["params"] <= other.of(NOW) * (1 + 1e-6) or not kept
+
+
 def test_everything_stays_where_the_budget_allows_it():
     found = meet(some_options(), NOW, [Target(quantity="macs", limit=1e9)])
     assert (found.taken, found.costs, found.error) == ((), NOW, 0)

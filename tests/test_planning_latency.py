@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from planning_setting import (
+    SETTINGS,
     converted,
     costs,
+    counted_passes,  # noqa: F401  # the fixture `passes`
     few_images,  # noqa: F401  # the fixture `data`
     network,
     planned,
@@ -151,6 +155,43 @@ def test_a_network_that_was_timed_is_not_timed_again(data, machine):
     assert len(machine.timed) == count
     planned(data, "latency=9ms", threads=2)
     assert len(machine.timed) > count
+
+
+def test_after_every_miss_the_fastest_within_the_other_targets_is_taken(data, machine):
+    factors = iter([0.5, 0.2, 0.9])  # the fastest, a miss after which nothing is fast enough, the last resort
+    machine.together = lambda saved: saved * next(factors)
+    said = []
+    settings = replace(SETTINGS, say=said.append)
+    report = planned(data, "latency=8.7ms", "params=48%", settings=settings).report
+    assert report.then["latency"] <= 8.7
+    assert report.then["params"] <= 0.48 * report.now["params"]
+    assert any("turned out slower than the target" in line for line in said)
+
+
+def test_a_network_that_nothing_makes_faster_is_refused_without_a_target_too(data, machine, passes):
+    with pytest.raises(RecipeError, match="nothing that would save MACs was faster"):
+        planned(data, max_drop=1, minimise="latency", data=data, methods=("circulant",))
+    assert passes == []
+
+
+def test_a_latency_that_is_kept_already_bars_no_other_target(data, machine):
+    report = planned(data, "latency=11ms", "params=90%", methods=("shared", "circulant")).report
+    assert report.then["latency"] == NOW_MS
+    assert report.then["params"] <= 0.9 * report.now["params"]
+
+
+def test_a_network_from_elsewhere_is_timed_for_itself(data, machine):
+    planned(data, "latency=9ms")
+    count, one = len(machine.timed), network()
+    source = one.loaded.source.model_copy(update={"id": "py:hosts:Another"})  # another forward, perhaps
+    planned(data, "latency=9ms", original=one.but(loaded=replace(one.loaded, source=source)))
+    assert len(machine.timed) > count
+
+
+def test_where_no_latency_is_measured_is_told_before_anything_is_timed(data, machine):
+    with pytest.raises(RecipeError, match="--device mps: latency is measured on cpu or cuda"):
+        planned(data, "latency=9ms", settings=replace(SETTINGS, device="mps"))
+    assert machine.timed == []
 
 
 def test_a_latency_that_cannot_be_reached_is_refused_with_the_floor(data, machine):
