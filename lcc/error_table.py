@@ -116,4 +116,5 @@ def _conditions(network: Network, sites: tuple[Site, ...], calibration: Calibrat
         "place": str(Path(place).expanduser().resolve()),
         "images": data.open_train(calibration.data).fingerprint,
         "lcc": __version__,
+        "moments": "of all images",  # in entries without this, of some at a time
     }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lcc.errors import SourceError
-from lcc.ops.moments import moments
+from lcc.ops.moments import PooledMoments
 from lcc.two_streams import device_of, images_at_once
 
 if TYPE_CHECKING:
@@ -81,12 +81,13 @@ def damages(
         if on_done is not None:
             on_done(done)
     modules = {name: model.get_submodule(name) for trial in trials for name in trial.operators}
+    wanted = _learn_moments(model, trials, parts)
     generator = torch.Generator().manual_seed(seed)
     for part in parts:
         seen, slopes = _slopes(model, modules, part, generator)
         with torch.no_grad():
             for trial in trials:
-                trial.take_in(seen, slopes)
+                trial.take_in(seen, slopes, wanted)
     scale = 0.5 / (DRAWS * len(images))
     entries = tuple(Damage(trial.relative_error, scale * trial.squares) for trial in trials)
     return Damages(entries, (_now(device) - started) / forward)
@@ -109,6 +110,7 @@ class _Trial:
         self.originals = {name: model.get_submodule(name) for name in names}
         self.operators = {name: method.build(sites[name].spec) for name in names}
         self.has_norm = {name: sites[name].norm is not None for name in names}
+        self.moments = {name: PooledMoments() for name in names if self.has_norm[name]}
         for name, operator in self.operators.items():
             operator.to(next(self.originals[name].parameters())).eval()
         self.relative_error = self.squares = 0.0
@@ -132,14 +134,14 @@ class _Trial:
         self.relative_error = sum(errors) / len(errors)
         del self.statistics
 
-    def take_in(self, seen: Seen, slopes: Slopes) -> None:
+    def take_in(self, seen: Seen, slopes: Slopes, wanted: Mapping[str, PooledMoments]) -> None:
         """Add the squares of what these images' log-likelihoods move by."""
         moved = [torch.zeros((), dtype=torch.float64)] * DRAWS
         for name, operator in self.operators.items():
             for (x, y), drawn in zip(seen[name], slopes[name], strict=True):
                 got = operator(x)
-                if self.has_norm[name]:  # which will take its statistics along
-                    got = _with_moments_of(y, got)
+                if name in self.moments:  # a norm follows, which will take its statistics along
+                    got = _with_moments(got, self.moments[name], wanted[name])
                 off = (got - y).flatten(1)
                 moved = [
                     total + (slope.flatten(1) * off).sum(1, dtype=torch.float64)
@@ -169,6 +171,30 @@ def _fit(model: nn.Module, trials: Sequence[_Trial], parts: Sequence[Tensor]) ->
             model(part)
     for trial in trials:
         trial.finish()
+
+
+def _learn_moments(
+    model: nn.Module, trials: Sequence[_Trial], parts: Sequence[Tensor]
+) -> dict[str, PooledMoments]:
+    """Learn the moments of what norms follow, over all images; return those of the modules themselves."""
+    originals: dict[str, PooledMoments] = {}
+
+    def watching(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            originals[name].add(output)
+            for trial in trials:
+                if name in trial.moments:
+                    trial.moments[name].add(trial.operators[name](inputs[0]))
+
+        return hook
+
+    with torch.no_grad(), ExitStack() as stack:
+        for name in dict.fromkeys(name for trial in trials for name in trial.moments):
+            originals[name] = PooledMoments()
+            stack.callback(model.get_submodule(name).register_forward_hook(watching(name)).remove)
+        for part in parts:
+            model(part)
+    return originals
 
 
 def _slopes(
@@ -210,9 +236,8 @@ def _refuse_no_classes(logits: object) -> None:
         raise SourceError("a planner needs a classifier, which gives (images, classes); decide by --method")
 
 
-def _with_moments_of(wanted: Tensor, got: Tensor) -> Tensor:
-    """Return `got` with every channel's mean and variance those of `wanted`."""
-    (variance, mean), (new_variance, new_mean) = (
-        tuple(moment[:, None, None] for moment in moments(y)) for y in (wanted, got)
-    )
-    return (got - new_mean) * (variance / new_variance.clamp_min(1e-30)).sqrt() + mean
+def _with_moments(got: Tensor, now: PooledMoments, wanted: PooledMoments) -> Tensor:
+    """Return `got`, of all of which the moments are `now`, shifted and scaled to those wanted."""
+    scale = (wanted.variance / now.variance.clamp_min(1e-30)).sqrt()
+    scale, mean, new_mean = (m.to(got.dtype)[:, None, None] for m in (scale, wanted.mean, now.mean))
+    return (got - new_mean) * scale + mean

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lcc.ops.moments import moments
+from lcc.ops.moments import PooledMoments, moments
 
 
 @pytest.mark.parametrize("shape", [(6, 3, 5, 4), (6, 3, 5), (6, 3), (1, 2, 1, 1)], ids=str)
@@ -30,3 +30,15 @@ def test_one_value_far_off_costs_no_digits():
     x[0, :, 0, 0] = 1e4
     variance, _ = moments(x)
     torch.testing.assert_close(variance.double(), x.double().var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sizes", [(6,), (1, 3, 2), (5, 1)], ids=str)
+def test_pooled_moments_are_those_of_all_tensors_at_once(sizes):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, 5, 4, generator=generator) * torch.arange(1, 7)[:, None, None, None] + 100
+    pooled = PooledMoments()
+    for part in x.split(sizes):
+        pooled.add(part)
+    variance, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(pooled.variance, variance, rtol=1e-5, atol=0)
+    torch.testing.assert_close(pooled.mean, mean, rtol=1e-5, atol=0)
