@@ -290,6 +290,9 @@ def _search(
 @contextmanager
 def silent_stdout() -> Iterator[None]:
     """Keep what a C library writes to the standard output, as HiGHS does now and then, from what lcc says."""
+    if sys.stdout is None:  # closed
+        yield
+        return
     sys.stdout.flush()
     kept = os.dup(1)
     with Path(os.devnull).open("wb") as nowhere:

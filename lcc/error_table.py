@@ -17,7 +17,7 @@ from lcc.sensitivity import damages
 from lcc.specs import Frozen
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lcc.budget import Option
     from lcc.methods import Method
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lcc.settings import Settings
 
     Key = tuple[Method, tuple[str, ...]]
+
+
+SLOW = 8  # options that are fitted by training, of which the errors are kept together
 
 
 class Harm(Frozen):
@@ -65,8 +68,7 @@ def with_errors(
     cost = f"errors of {len(options)} options: kept from an earlier run"
     if missing:
         store.keep(())  # that the folder can't be written is said before the work
-        passes, found = _found(network, sites, missing, calibration, settings)
-        store.keep(found)
+        passes, found = _found(network, sites, missing, calibration, settings, store.keep)
         known |= {(harm.method, harm.sites): harm for harm in found}
         cost = (
             f"errors of {len(missing)} options on {calibration.images} images took as long as {passes:.0f} "
@@ -88,22 +90,40 @@ def _found(
     options: Sequence[Key],
     calibration: Calibrate,
     settings: Settings,
+    keep: Callable[[list[Harm]], None],
 ) -> tuple[float, list[Harm]]:
-    """Return what finding out took, in forward passes, and what was found."""
+    """Return what finding out took, in forward passes, and what was found; `keep` takes each part."""
     images = data.images(calibration.data, network.loaded.preprocessing, calibration.images, calibration.seed)
     model = network.loaded.model
+    by_name = {site.name: site for site in sites}
+    passes, harms = 0.0, list[Harm]()
     with (
         finite_activations("its layers"),
         placed(model, pick_device(settings.device)),
-        models.seeded(calibration.seed),
         progress.bar("fit options", len(options)) as tick,
     ):
-        found = damages(model, {site.name: site for site in sites}, options, images, on_done=tick)
-    harms = [
-        Harm(method=method, sites=names, relative_error=harm.relative_error, divergence=harm.divergence)
-        for (method, names), harm in zip(options, found.entries, strict=True)
-    ]
-    return found.forward_passes, harms
+
+        def told(done: int) -> None:
+            tick(len(harms) + done)
+
+        for part in _parts(options):
+            with models.seeded(calibration.seed):
+                found = damages(model, by_name, part, images, on_done=told)
+            new = [
+                Harm(method=method, sites=names, **harm._asdict())
+                for (method, names), harm in zip(part, found.entries, strict=True)
+            ]
+            keep(new)
+            harms += new
+            passes += found.forward_passes
+    return passes, harms
+
+
+def _parts(options: Sequence[Key]) -> list[Sequence[Key]]:
+    """Return the options that are fitted in closed form, and the others some at a time."""
+    fast = [key for key in options if not key[0].fits_slowly]
+    slow = [key for key in options if key[0].fits_slowly]
+    return [part for part in (fast, *(slow[i : i + SLOW] for i in range(0, len(slow), SLOW))) if part]
 
 
 def _conditions(network: Network, sites: tuple[Site, ...], calibration: Calibrate) -> dict[str, object]:

@@ -27,7 +27,7 @@ def method_from_text(text: str) -> Method:
     for part in filter(None, COMMAS.split(rest)):
         key, equals, value = part.partition("=")
         if not equals:
-            raise RecipeError(f"--method {text}: {part!r} is no hyperparameter=value")
+            raise RecipeError(f"method {text}: {part!r} is no hyperparameter=value")
         try:
             fields[key.strip()] = tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError:
@@ -35,9 +35,9 @@ def method_from_text(text: str) -> Method:
     try:
         return parse_method(fields)
     except ValidationError as error:
-        raise RecipeError(f"--method {text}: {in_words(error, METHODS[name])}") from error
+        raise RecipeError(f"method {text}: {in_words(error, METHODS[name])}") from error
     except ValueError as error:
-        raise RecipeError(f"--method {text}: {error}") from error
+        raise RecipeError(f"method {text}: {error}") from error
 
 
 def _text(key: str, value: str) -> object:

@@ -111,9 +111,13 @@ def load(
             notes.extend(_new_head(architecture, num_classes))
     options = {"image_size": image_size, "mean": mean, "std": std, "crop_pct": crop_pct}
     given = {name: value for name, value in options.items() if value is not None}
+    preprocessing = _adjusted(architecture.preprocessing, given)
     if len(given) < len(options) and (checkpoint is not None or architecture.id.startswith("py:")):
-        wants = f"as for {architecture.default_id}: {architecture.preprocessing}"
-        notes.append(f"images are prepared {wants}; --image-size, --mean, --std and --crop-pct change that")
+        but = ", but for what is given" if given else ""
+        notes.append(
+            f"images are prepared as for {architecture.default_id}{but}: {preprocessing}; "
+            "--image-size, --mean, --std and --crop-pct change that"
+        )
     return Loaded(
         model=model.eval().float(),
         source=Source(
@@ -122,7 +126,7 @@ def load(
             num_classes=None if num_classes == architecture.classes else num_classes,
             seed=seed,
         ),
-        preprocessing=_adjusted(architecture.preprocessing, given),
+        preprocessing=preprocessing,
         class_names=_class_names(architecture, num_classes, class_names),
         notes=(*notes, *architecture.remarks),
     )

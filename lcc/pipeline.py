@@ -299,7 +299,7 @@ def _check_plan_file(path: Path | None, settings: Settings, directory: Path | No
     check_file(path, force=settings.force)
     if not path.parent.is_dir():
         raise ArtifactError(f"{path} can't be written: name a file in a folder that is there")
-    if directory is not None and directory.resolve() in path.resolve().parents:
+    if directory is not None and directory.resolve() in (path.resolve(), *path.resolve().parents):
         raise ArtifactError(f"{path} would be lost in {directory}, which is lcc's own; put it beside")
 
 

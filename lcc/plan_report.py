@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from lcc.budget import Costs, Quantity, amount
 from lcc.methods import AnyMethod
 from lcc.specs import Cost, Frozen
-from lcc.tables import GOOD, QUIET, UNKNOWN, Cell, Sheet, change, ms, si
+from lcc.tables import GOOD, NOISE, QUIET, UNKNOWN, Cell, Sheet, change, ms, si
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,8 +28,16 @@ class Compared(Frozen):
     measured_ms: float
 
 
+class Alone(Frozen):
+    """What an option's sites take outside of the network, the median in ms; `noisy`: one was not steady."""
+
+    before_ms: float
+    after_ms: float
+    noisy: bool
+
+
 class Part(Frozen):
-    """An option that was chosen; `saved` of the network, `ms`: alone, before and after."""
+    """An option that was chosen; `saved` of the network, `alone`: where latency counts and it changes any."""
 
     method: AnyMethod
     sites: tuple[str, ...]
@@ -37,13 +45,13 @@ class Part(Frozen):
     before: Cost
     after: Cost
     saved: Costs
-    ms: tuple[float, float] | None = None
+    alone: Alone | None = None
     error: float
     relative_error: float
 
 
 class Point(Frozen):
-    """A budget, and the least error that can be had for it."""
+    """A budget, and the least predicted error that can be had for it, whatever else is kept."""
 
     costs: Costs
     error: float
@@ -147,7 +155,7 @@ def _by_site(taken: Sequence[Option]) -> dict[str, str]:
 
 def _plan_sheet(report: PlanReport) -> Sheet:
     headers = ["site", "shape", "becomes", "params", "MACs"]
-    timed = any(part.ms for part in report.parts)
+    timed = any(part.alone for part in report.parts)
     headers += ["ms alone"] if timed else []
     headers += ["of the saving", "error", "of the error"]
     quantity = report.quantity
@@ -164,7 +172,7 @@ def _plan_sheet(report: PlanReport) -> Sheet:
             Cell(change(si(part.before.macs), si(part.after.macs))),
         ]
         if timed:
-            cells.append(Cell(UNKNOWN if part.ms is None else change(ms(part.ms[0], 2), ms(part.ms[1], 2))))
+            cells.append(_alone(part))
         cells += [
             Cell(f"{part.saved[quantity] / saving:.1%}" if saving else UNKNOWN),
             Cell(f"{part.error:.3g}"),
@@ -179,6 +187,12 @@ def _plan_sheet(report: PlanReport) -> Sheet:
         notes=tuple(_notes(report)),
         left=(0, 1, 2),
     )
+
+
+def _alone(part: Part) -> Cell:
+    if (alone := part.alone) is None:
+        return Cell(UNKNOWN)
+    return Cell("~" * alone.noisy + change(ms(alone.before_ms, 2), ms(alone.after_ms, 2)))
 
 
 def _notes(report: PlanReport) -> Iterator[str]:
@@ -202,6 +216,8 @@ def _notes(report: PlanReport) -> Iterator[str]:
         )
     if report.timing:
         yield f"latency: {report.timing}" + (" (~ noisy machine)" if report.noisy else "")
+    if any(part.alone is not None and part.alone.noisy for part in report.parts):
+        yield f"~ {NOISE}"
     yield f"next cheaper: {report.cheaper or 'none within the targets'}"
     yield f"next dearer: {report.dearer or 'none within the targets'}"
     yield report.cost

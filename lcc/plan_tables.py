@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from lcc import data
 from lcc.banks import refuse_unsettled
 from lcc.budget import amount, check, floor
@@ -20,6 +22,7 @@ from lcc.method_text import method_from_text
 from lcc.methods import METHODS
 from lcc.network import sites_of
 from lcc.plan import Rule, refuse_idle_patterns
+from lcc.sensitivity import refuse_no_classes
 from lcc.whole_latency import Clock
 
 if TYPE_CHECKING:
@@ -60,7 +63,8 @@ def tables_for(
     """Find out what there is to choose from.
 
     Raises: RecipeError: a target can't be kept, with the least that can be reached. NothingToConvertError:
-    all are kept already. DataError: the images. ArtifactError: the cache.
+    all are kept already. SourceError: no classifier. DataError: the images. ArtifactError: the cache.
+    CheckFailedError: latency in ONNX Runtime, and no ONNX file can be made.
     """
     quantities = [target.quantity for target in targets] or [budget.minimise]
     counted = [target for target in targets if target.quantity != "latency"]
@@ -76,6 +80,8 @@ def tables_for(
                 f"{obstacles(sites, methods, include=budget.include, exclude=budget.exclude)}"
             )
     check(options, now, counted)
+    with torch.no_grad():
+        refuse_no_classes(original.loaded.model(original.example))
     if "latency" in quantities:
         settings.check_bench_device()
         data.enough_images(calibration.data, calibration.images)

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 
 ROUNDS = 4  # of choosing, and measuring what was chosen
 CLOSE = 0.02  # relative, of a latency to what was predicted: no further round
-HALVINGS = 6
+TRIALS = 7  # networks converted and evaluated in search of the cheapest that loses little
+NEAR = 0.005  # of what the network costs: where that search stops
 
 
 class Planned(NamedTuple):
@@ -57,7 +58,8 @@ def plan_within(
 
     `check_errors`: take every option alone, and say how the errors rank beside those predicted.
     Raises: RecipeError: it can't be kept, with the least that can be reached. NothingToConvertError: it is
-    kept already. DataError: the images. ArtifactError: the cache.
+    kept already. SourceError: no classifier. DataError: the images. ArtifactError: the cache.
+    CheckFailedError: latency in ONNX Runtime, and no ONNX file can be made.
     """
     if check_errors:
         refuse_few_images(calibration)
@@ -95,6 +97,8 @@ def _chosen(tables: Tables, targets: Sequence[Target], settings: Settings) -> Bu
         except RecipeError:  # by what was measured since; one of the trials may do
             if not trials:
                 raise
+            break
+        if any(trial.choice.taken == found.taken for trial in trials):
             break
         trials.append(_measured(found, tables, clock))
         if abs(trials[-1].choice.costs["latency"] - found.costs["latency"]) <= CLOSE * found.costs["latency"]:
@@ -152,25 +156,38 @@ def _within_drop(
 ) -> tuple[Budgeted, float]:
     """Return the cheapest choice that loses at most so many points right after conversion, and what it loses.
 
-    Halves the range between the floor and the network as it is, converting and measuring each time.
+    Tries the floor, then halves the range above it; every choice is converted and evaluated once.
     Raises: RecipeError: no choice loses so little.
     """
     options, now = tables.in_company(), tables.now
-    low, high = floor(options, now, quantity).costs[quantity] / now[quantity], 1.0
-    best = None
-    for _ in range(HALVINGS):
-        share = (low + high) / 2
-        found = meet(options, now, (Target(quantity=quantity, share=share),))
-        drop = lost(found)
-        if drop <= most:
-            high, best = share, (found, drop)
+    tried: dict[tuple[Rule, ...], tuple[Budgeted, float]] = {}
+
+    def loses_little(found: Budgeted) -> bool:
+        rules = rules_of(found.taken)
+        if rules not in tried:
+            tried[rules] = found, lost(found)
+        return tried[rules][1] <= most
+
+    cheapest = floor(options, now, quantity)
+    low, high = cheapest.costs[quantity] / now[quantity], 1.0
+    if loses_little(cheapest):
+        high = low
+    while high - low > NEAR and len(tried) < TRIALS:
+        middle = (low + high) / 2
+        found = meet(options, now, (Target(quantity=quantity, share=middle),))
+        if loses_little(found):
+            high = found.costs[quantity] / now[quantity]
         else:
-            low = share
-    if best is None:
+            low = middle
+    fitting = [(found, drop) for found, drop in tried.values() if drop <= most]
+    if not fitting:
+        nearest, drop = min(tried.values(), key=lambda one: (one[1], -one[0].costs[quantity]))
+        share = nearest.costs[quantity] / now[quantity]
         raise RecipeError(
             f"satisfiable: no; {share:.1%} of the {quantity} loses {drop:.2f} points already, before "
             f"fine-tuning, more than {most:g}; allow more, or give a --target and fine-tune"
         )
+    best = min(fitting, key=lambda one: one[0].costs[quantity])
     if tables.clock is None:
         return best
     trial = _measured(best[0], tables, tables.clock)
@@ -203,6 +220,7 @@ def _report(
     original: Network, budget: Budget, targets: Sequence[Target], found: Budgeted, tables: Tables
 ) -> PlanReport:
     options, now, clock = tables.in_company(), tables.now, tables.clock
+    by_error = [option.model_copy(update={"penalty": None}) for option in options]
     # What is shortest decides what the frontier is about.
     tight = max(targets, key=lambda t: found.costs[t.quantity] / max(t.of(now), 1e-9), default=None)
     first = budget.minimise if tight is None else tight.quantity
@@ -224,7 +242,7 @@ def _report(
             sorted((_part(option, tables) for option in found.taken), key=lambda p: order[p.sites[0]])
         ),
         frontier=tuple(
-            Point(costs=point.costs, error=point.error) for point in frontier(options, now, first, others)
+            Point(costs=point.costs, error=point.error) for point in frontier(by_error, now, first, others)
         ),
         cheaper=None if cheaper is None else changes(found, cheaper, now, first),
         dearer=None if dearer is None else changes(found, dearer, now, first),
@@ -245,7 +263,7 @@ def _part(option: Option, tables: Tables) -> Part:
         before=sum((site.cost() for site in taken), none),
         after=sum((site.cost_with(option.method, first=site is taken[0]) for site in taken), none),
         saved=option.saved,
-        ms=None if tables.clock is None else tables.clock.alone_ms(option),
+        alone=None if tables.clock is None else tables.clock.alone(option),
         error=option.error,
         relative_error=tables.errors.relative_errors[option.method, option.sites],
     )

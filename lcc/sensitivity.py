@@ -68,7 +68,7 @@ def damages(
     chunk = min(CHUNK, max(1, images_at_once(model, images) // (2 + DRAWS)))  # gradients stay alive, too
     parts = [part.to(device) for part in images.split(chunk)]
     with torch.no_grad():
-        _refuse_no_classes(model(parts[0]))  # the first is slower, and no unit
+        refuse_no_classes(model(parts[0]))  # the first is slower, and no unit
         started = _now(device)
         for part in parts:
             model(part)
@@ -231,7 +231,8 @@ def _slopes(
     return seen, slopes
 
 
-def _refuse_no_classes(logits: object) -> None:
+def refuse_no_classes(logits: object) -> None:
+    """Raise SourceError if a network's output is not (N, classes)."""
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise SourceError("a planner needs a classifier, which gives (images, classes); decide by --method")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcc.plots import COLOURS, MARKERS, save, scale_
 from lcc.sweep_axes import LABELS, fixed_in_words
-from lcc.tables import BAD, GOOD, QUIET, TIMES, UNKNOWN, Cell, Sheet, ms
+from lcc.tables import BAD, GOOD, NOISE, QUIET, TIMES, UNKNOWN, Cell, Sheet, ms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,7 @@ def _sweep_sheet(sweep: Sweep) -> Sheet:
         notes=(
             f"time of a dense convolution over an operator's; {fixed_in_words(sweep.fixed, {sweep.axis})}",
             *sweep.notes,
-            *(("~ the middle half of the runs spreads over more than 10 % of the median",) if noisy else ()),
+            *((f"~ {NOISE}",) if noisy else ()),
             str(sweep.conditions),
         ),
     )

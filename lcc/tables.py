@@ -29,7 +29,7 @@ UNKNOWN = "\N{EM DASH}"
 ARROW = "\N{RIGHTWARDS ARROW}"
 TIMES = "\N{MULTIPLICATION SIGN}"
 GOOD, BAD, QUIET = "green", "bold red", "dim"
-RULES = {"left": "---", "right": "---:"}
+NOISE = "the middle half of the runs spreads over more than 10 % of the median"
 ABREAST = 3  # models side by side in 100 columns
 
 
@@ -217,7 +217,7 @@ def _footer(report: Report) -> Iterator[str]:
     layers = [pair for model in report.models for row in model.layers for pair in (row.torch, row.onnx)]
     measured = [*whole, *(latency for pair in layers if pair for latency in (pair.before, pair.after))]
     if any(latency is not None and latency.noisy for latency in measured):
-        yield "~ noisy machine: the middle half of the runs spreads over more than 10 % of the median"
+        yield f"~ noisy machine: {NOISE}"
     yield from report.notes
     yield f"{report.date}; " + ", ".join(f"{name} {version}" for name, version in report.versions.items())
 

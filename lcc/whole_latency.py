@@ -21,7 +21,7 @@ from lcc.latency_table import Place, conditions_of, measure_latencies, missing, 
 from lcc.measure import Conditions, bench_onnx, bench_torch
 from lcc.measurements import Store, cache_folder
 from lcc.plan import Rule, make_plan
-from lcc.plan_report import Compared
+from lcc.plan_report import Alone, Compared
 from lcc.specs import Frozen
 
 if TYPE_CHECKING:
@@ -84,13 +84,13 @@ class Clock:
                 self._original()  # what can't be exported is told before hours of timing
             say(f"timing {count} operators and dense convolutions, each alone; kept in {cache_folder()}")
         self._table = measure_latencies(wanted, self.timing, cache=cache_folder())
-        untimed = {
-            str(method or "dense"): reason
-            for (place, method), reason in reasons(self.timing, cache=cache_folder()).items()
-            if place in wanted
-        }
-        for name, reason in untimed.items():
-            say(f"note: {name} can't be timed and is left out: {reason}")
+        untimed: dict[str, list[str]] = {}
+        for (place, method), reason in reasons(self.timing, cache=cache_folder()).items():
+            if place in wanted:
+                untimed.setdefault(str(method or "dense"), []).append(f"{place}: {reason}")
+        for name, where in untimed.items():
+            more = f" (and at {len(where) - 1} more places)" if len(where) > 1 else ""
+            say(f"note: {name} can't be timed and is left out at {where[0]}{more}")
         priced = []
         for option in options:
             saved = self._saved_ms(option)
@@ -134,15 +134,17 @@ class Clock:
         self.compared = [*(one for one in self.compared if one is not found), found]
         self.learn(found)
 
-    def alone_ms(self, option: Option) -> tuple[float, float] | None:
+    def alone(self, option: Option) -> Alone | None:
         """Return what an option's sites take, each alone, before and after; None: it changes no time."""
         if option.saved["macs"] == 0:
             return None
-        pairs = [
-            (self._table[place][None].median_ms, self._table[place][option.method].median_ms)
-            for place in self._places(option.sites)
-        ]
-        return sum(before for before, _ in pairs), sum(after for _, after in pairs)
+        timed = [self._table[place] for place in self._places(option.sites)]
+        before, after = [one[None] for one in timed], [one[option.method] for one in timed]
+        return Alone(
+            before_ms=sum(one.median_ms for one in before),
+            after_ms=sum(one.median_ms for one in after),
+            noisy=any(one.noisy for one in (*before, *after)),
+        )
 
     def _places(self, names: Sequence[str]) -> list[Place]:
         """Return where the named sites run, a place for each call."""
@@ -159,8 +161,8 @@ class Clock:
         timed = [self._table[place] for place in self._places(option.sites)]
         if not all(option.method in rivals and None in rivals for rivals in timed):
             return None
-        alone = self.alone_ms(option)
-        return None if alone is None else alone[0] - alone[1]
+        alone = self.alone(option)
+        return None if alone is None else alone.before_ms - alone.after_ms
 
     def _whole(self, rules: tuple[Rule, ...]) -> Whole:
         if rules not in self._known:

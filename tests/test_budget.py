@@ -244,3 +244,8 @@ def test_what_the_solver_prints_stays_out_of_the_standard_output(capfd):
         os.write(1, b"at once")
     sys.stdout.write("after\n")
     assert capfd.readouterr().out == "before\nafter\n"
+
+
+def test_a_closed_standard_output_does_not_stop_the_solver(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert meet(some_options(), NOW, (Target(quantity="macs", share=0.9),)).taken

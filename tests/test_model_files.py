@@ -41,6 +41,12 @@ def test_a_file_gives_its_weights_to_the_architecture(as_weights, tiny_file, no_
     )
 
 
+def test_how_images_are_prepared_is_said_with_what_was_given(tiny_file):
+    loaded = models.load(TINY, weights=str(tiny_file), image_size=(28, 28))
+    assert loaded.preprocessing.image_size == (28, 28)
+    assert f"as for {TINY}, but for what is given: {loaded.preprocessing};" in loaded.notes[1]
+
+
 def test_a_file_with_another_class_count_points_at_the_option(tiny_file):
     assert refusal(TINY, weights=str(tiny_file), num_classes=7) == (
         f"{tiny_file} has 10 classes and {TINY} was built for 7; use --num-classes 10"

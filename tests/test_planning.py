@@ -69,7 +69,7 @@ def test_the_parts_say_what_becomes_of_each_site(data):
     for part in report.parts:
         assert part.before.macs == sum(sites[name].cost().macs for name in part.sites)
         assert part.relative_error >= 0
-        assert part.ms is None
+        assert part.alone is None
     chosen = {name: part.method for part in report.parts for name in part.sites}
     assert make_plan(tuple(sites.values()), rules).methods() == chosen
 
@@ -100,6 +100,14 @@ def test_capacity_keeps_more_parameters_than_the_least_error_does(data, percent)
     assert reports["capacity"].then["params"] > 1.2 * reports["outputs"].then["params"]
     assert reports["capacity"].error > reports["outputs"].error
     assert all(report.then["macs"] <= percent / 100 * report.now["macs"] for report in reports.values())
+
+
+def test_the_frontier_is_of_errors_whatever_is_kept(data):
+    of_outputs, of_capacity = (
+        planned(data, "macs=60%", keep=keep).report.frontier for keep in ("outputs", "capacity")
+    )
+    assert of_capacity == of_outputs
+    assert [point.error for point in of_capacity] == sorted((p.error for p in of_capacity), reverse=True)
 
 
 def test_what_may_be_lost_is_not_asked_of_random_weights(data):
@@ -162,6 +170,25 @@ def test_of_what_loses_few_enough_points_the_cheapest_is_chosen(data, monkeypatc
     assert cheaper
     assert all(20 * (1 - found.costs["macs"] / macs) > 5 for found in cheaper)
     assert 0.75 * macs <= report.then["macs"] <= 0.8 * macs
+
+
+def test_where_all_may_be_lost_the_cheapest_there_is_is_chosen(data, monkeypatch):
+    tried = points_lost(monkeypatch, lambda _: 3.0)
+    then = planned(data, max_drop=5, data=data).report.then
+    with pytest.raises(RecipeError, match=f"the floor is {then['macs'] / costs(network())['macs']:.1%}"):
+        planned(data, "macs=1%")
+    assert len(tried) == 1
+
+
+def test_no_choice_is_converted_twice_and_the_refusal_names_the_one_that_lost_least(data, monkeypatch):
+    macs = costs(network())["macs"]
+    tried = points_lost(monkeypatch, lambda kept: 20 - 10 * kept / macs)
+    with pytest.raises(RecipeError, match="satisfiable: no") as refused:
+        planned(data, max_drop=5, data=data, methods=("linear_mix",), include=("layer1.conv1",))
+    choices = [tuple((option.method, option.sites) for option in found.taken) for found in tried]
+    assert 1 < len(choices) == len(set(choices))
+    share = max(found.costs["macs"] for found in tried) / macs
+    assert f"no; {share:.1%} of the macs loses {20 - 10 * share:.2f} points" in str(refused.value)
 
 
 def test_what_is_made_small_is_what_was_asked_for(data, monkeypatch):

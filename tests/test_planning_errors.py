@@ -45,6 +45,25 @@ def test_another_target_finds_out_what_it_has_in_addition(data, passes):
     assert not before & after
 
 
+def test_slow_fits_that_were_done_survive_an_interruption(data, passes, monkeypatch):
+    monkeypatch.setattr(error_table, "SLOW", 1)
+    methods, keep = ("circulant", "mgic:form=conv", "mgic:form=conv,group_size=1"), error_table.Store.keep
+
+    def interrupted(store, harms):
+        keep(store, harms)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(error_table.Store, "keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        planned(data, "macs=90%", methods=methods)
+    monkeypatch.setattr(error_table.Store, "keep", keep)
+    planned(data, "macs=90%", methods=methods)
+    asked = [key for call in passes for key in call[2]]
+    assert len(asked) == len(set(asked))
+    assert len(passes) > 3
+
+
 @pytest.mark.parametrize("change", ["weight", "statistics", "images", "seed", "data", "preprocessing"])
 def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change):
     options = {"methods": ("circulant",)}

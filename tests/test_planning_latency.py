@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from planning_setting import (
     SETTINGS,
     converted,
@@ -15,13 +16,15 @@ from planning_setting import (
     planned,
 )
 
-from lcc import whole_latency
-from lcc.errors import NothingToConvertError, RecipeError
-from lcc.latency_table import Timed
+from lcc import plan_tables, whole_latency
+from lcc.errors import NothingToConvertError, RecipeError, SourceError
+from lcc.latency_table import Place, Timed
 from lcc.measure import Conditions
 from lcc.methods.circulant import Circulant
 from lcc.network import sites_of
 from lcc.plan import make_plan
+from lcc.plan_report import plan_sheets
+from lcc.tables import NOISE
 from lcc.whole_latency import Clock, Whole
 
 pytestmark = pytest.mark.usefixtures("same_threads")
@@ -48,6 +51,7 @@ class Machine:
 
     def __init__(self):
         self.timed = []
+        self.noisy = False
         self.together = lambda saved: saved / 2
 
     def ms(self, spec, size, method):
@@ -61,7 +65,8 @@ class Machine:
             dense = self.ms(place.spec, place.size, None)
             times = {m: self.ms(place.spec, place.size, m) for m in (None, *methods)}
             table[place] = {
-                m: Timed(median_ms=ms, iqr_ms=0.0, noisy=False, ratio=ms / dense) for m, ms in times.items()
+                m: Timed(median_ms=ms, iqr_ms=0.0, noisy=self.noisy, ratio=ms / dense)
+                for m, ms in times.items()
             }
         return table
 
@@ -103,11 +108,10 @@ def test_what_is_slower_is_never_chosen(data, machine):
     report = planned(data, "latency=9.5ms", "params=55%")[1]  # which a circulant one has least of
     assert report.parts
     for part in report.parts:
-        if part.ms is None:
+        if part.alone is None:
             assert part.before.macs == part.after.macs  # a shared kernel: the same layers run
             continue
-        before, after = part.ms
-        assert after < before
+        assert part.alone.after_ms < part.alone.before_ms
         assert part.method != SLOW
     with pytest.raises(RecipeError, match=r"the floor is 100\.0% of the latency"):
         planned(data, "latency=99%", methods=("circulant",))
@@ -211,3 +215,31 @@ def test_counted_targets_that_cannot_be_reached_are_refused_before_anything_is_t
     with pytest.raises(RecipeError, match="the floor"):
         planned(data, "latency=90%", "macs=1%")
     assert machine.timed == []
+
+
+def test_what_is_no_classifier_is_refused_before_anything_is_timed(data, machine, monkeypatch):
+    monkeypatch.setattr(plan_tables, "Clock", lambda *_: pytest.fail("timed"))
+    original = network()
+    original.loaded.model.head = torch.nn.Unflatten(1, (-1, 1))
+    with pytest.raises(SourceError, match="a planner needs a classifier"):
+        planned(data, "latency=9ms", original=original)
+
+
+def test_layers_whose_times_were_not_steady_are_marked(data, machine):
+    machine.noisy = True
+    report = planned(data, "latency=9ms")[1]
+    rows = [" ".join(cell.text for cell in row) for row in plan_sheets(report)[0].rows]
+    assert [row.count("~") for row in rows] == [int(part.alone is not None) for part in report.parts]
+    assert f"~ {NOISE}" in plan_sheets(report)[0].notes
+    machine.noisy = False
+    assert "~" not in str(plan_sheets(planned(data, "latency=9ms")[1])[0])
+
+
+def test_what_cannot_be_timed_is_said_with_its_place(data, machine, monkeypatch):
+    (site,) = (site for site in sites_of(network()) if site.name == "down")
+    place = Place(spec=site.spec, size=site.sizes[0])
+    monkeypatch.setattr(whole_latency, "reasons", lambda *_, **__: {(place, SLOW): "too wide"})
+    said = []
+    planned(data, "latency=9ms", settings=replace(SETTINGS, say=said.append))
+    (note,) = [text for text in said if "can't be timed" in text]
+    assert note == f"note: {SLOW} can't be timed and is left out at {place}: too wide"

@@ -61,17 +61,19 @@ def test_a_budget_without_images_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_inside_of_the_directory_that_is_made_is_refused_before_the_work(tmp_path):
-    inside = tmp_path / "out" / "plan.toml"
-    inside.parent.mkdir()
+@pytest.mark.parametrize("plan", ["out/plan.toml", "out"])
+def test_a_plan_in_place_of_the_directory_that_is_made_is_refused_before_the_work(tmp_path, plan):
+    out = tmp_path / "out"
+    if plan != "out":
+        out.mkdir()
     with pytest.raises(ArtifactError, match="put it beside"):
         pipeline.convert(
             PART,
-            inside.parent,
+            out,
             Budget(targets=("macs=70%",)),
             replace(SETTINGS, force=True),
             calibration=Calibrate(data="idx:nowhere"),
-            save_plan=inside,
+            save_plan=tmp_path / plan,
         )
 
 

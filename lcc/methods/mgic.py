@@ -6,6 +6,7 @@ Source: arXiv:2011.09128; the conv form is the idea of arXiv:2006.06799.
 
 from __future__ import annotations
 
+from itertools import product
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field
@@ -63,7 +64,10 @@ class Mgic(Method):
     def family(cls, spec: Spec) -> tuple[Self, ...]:
         """Return the configurations that a planner tries."""
         changes = not isinstance(spec, ConvSpec) and spec.is_transition
-        return tuple(cls(group_size=size, transitions=changes) for size in (8, 16, 32))
+        return tuple(
+            cls(group_size=size, coarsest=coarsest, transitions=changes)
+            for size, coarsest in product((8, 16, 32), (16, 64))
+        )
 
     def why_not(self, spec: Spec) -> str | None:
         """Return in words why this can't stand in for `spec`; None if it can."""
