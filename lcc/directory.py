@@ -2,6 +2,7 @@
 
 DIR.new   where the next one is written and synced; then renamed to DIR
 DIR.old   where the former one waits in between; removed when the next one is in place
+DIR.fits, DIR.checkpoints   what there is of the next one before that
 
 After a kill at any moment DIR is whole, the former or the next one, or it is missing and both lie beside it.
 Only files named here are ever removed: whatever else lies in such a directory is the user's.
@@ -170,6 +171,16 @@ def _is_ours(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and str(manifest.get("format")).startswith("lcc/")
+
+
+def checkpoints_of(directory: Path) -> Path:
+    """Return where the checkpoints of an lcc directory go while it is trained: DIR.checkpoints."""
+    return directory.parent / f"{directory.name}.checkpoints"
+
+
+def fits_of(directory: Path) -> Path:
+    """Return where the fits of single sites go while an lcc directory is made: DIR.fits."""
+    return directory.parent / f"{directory.name}.fits"
 
 
 def _foreign(path: Path) -> list[Path]:

@@ -10,8 +10,7 @@ from lcc import __version__, data, models, progress
 from lcc.calibrate import finite_activations
 from lcc.errors import DataError
 from lcc.evaluation import pick_device, placed
-from lcc.fit_store import conversion_key
-from lcc.measurements import Store, cache_folder
+from lcc.measurements import Store, cache_folder, content_key
 from lcc.methods import AnyMethod
 from lcc.sensitivity import damages
 from lcc.specs import Frozen
@@ -130,7 +129,7 @@ def _conditions(network: Network, sites: tuple[Site, ...], calibration: Calibrat
     loaded, place = network.loaded, calibration.data.partition(":")[2]
     structure = f"{loaded.source}{loaded.model}{[site.model_dump_json() for site in sites]}"
     return {
-        "network": conversion_key(loaded.model, None, structure),
+        "network": content_key(loaded.model, None, structure),
         "preprocessing": loaded.preprocessing.model_dump(mode="json"),
         "data": calibration.model_dump(mode="json"),
         "place": str(Path(place).expanduser().resolve()),

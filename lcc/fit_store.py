@@ -6,7 +6,6 @@ DIR/SITE.safetensors   the operator's tensors, its fit as metadata; written unde
 
 from __future__ import annotations
 
-import hashlib
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -19,8 +18,6 @@ from lcc.methods import Fit
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from torch import Tensor, nn
 
     from lcc.methods import LowCostOp
 
@@ -91,15 +88,3 @@ def discard(folder: Path) -> None:
         file.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
-
-
-def conversion_key(model: nn.Module, images: Tensor | None, *descriptions: str) -> str:
-    """Return a hash over a network's weights, the images if they count, and what is to be done."""
-    digest = hashlib.sha256()
-    tensors = [*sorted(model.state_dict().items()), *([] if images is None else [("images", images)])]
-    for name, tensor in tensors:
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    for text in descriptions:
-        digest.update(text.encode())
-    return digest.hexdigest()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shlex
+import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path, PurePath
@@ -87,6 +89,11 @@ def versions() -> dict[str, str]:
     """Return the versions of what makes a result."""
     packages = {package: metadata.version(package) for package in PACKAGES}
     return {"lcc": __version__, "python": platform.python_version(), **packages}
+
+
+def command_line() -> str:
+    """Return the command that is running, for the history of what it makes."""
+    return shlex.join(["lcc", *sys.argv[1:]])
 
 
 def event_now(

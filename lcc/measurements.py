@@ -19,6 +19,8 @@ from lcc.specs import Frozen
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from torch import Tensor, nn
+
 Record = TypeVar("Record", bound=Frozen)
 
 
@@ -86,3 +88,15 @@ def cache_folder() -> Path:
     if own := os.environ.get("LCC_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lcc"
+
+
+def content_key(model: nn.Module, images: Tensor | None, *descriptions: str) -> str:
+    """Return a hash over a network's weights, the images if they count, and what else is said of it."""
+    digest = hashlib.sha256()
+    tensors = [*sorted(model.state_dict().items()), *([] if images is None else [("images", images)])]
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    for text in descriptions:
+        digest.update(text.encode())
+    return digest.hexdigest()

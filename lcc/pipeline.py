@@ -19,7 +19,7 @@ from lcc.comparison import (
     timed_report,
 )
 from lcc.conversion import convert_network, planned
-from lcc.directory import WEIGHTS
+from lcc.directory import WEIGHTS, checkpoints_of, fits_of
 from lcc.errors import ArtifactError, RecipeError
 from lcc.export import Exported, to_onnx
 from lcc.inspection import Inspection, inspection
@@ -28,7 +28,6 @@ from lcc.network import Network, original_of, sites_of
 from lcc.plan_report import plan_line, rules_text
 from lcc.planning import plan_within
 from lcc.recipe import Budget, Calibrate, Finetune, ModelPart
-from lcc.settings import Settings, checkpoints_of, fits_of
 from lcc.specs import Cost
 from lcc.tuning import original_teacher, train_network
 from lcc.written_files import check_file, written_at_once
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from lcc.plan import Plan, Rule, Site
     from lcc.planning import Planned
     from lcc.report import Report
+    from lcc.settings import Settings
 
 
 def inspect(part: ModelPart, method: Method, settings: Settings) -> Inspection:

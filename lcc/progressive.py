@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from lcc import checkpoints, fit_store
 from lcc.conversion import convert_network
+from lcc.directory import checkpoints_of, fits_of
 from lcc.network import sites_of
 from lcc.plan import Plan, Rule, make_plan
-from lcc.settings import checkpoints_of, fits_of
 from lcc.tuning import train_network
 
 if TYPE_CHECKING:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,8 +14,6 @@ from lcc.methods import LowCostOp
 from lcc.network import Network, open_network
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lcc.onnx_runtime import Device
     from lcc.recipe import ModelPart
 
@@ -65,18 +61,3 @@ class Settings:
         for name, text in list(warnings.items())[:1]:
             others = f" (and {len(warnings) - 1} more sites)" if len(warnings) > 1 else ""
             self.say(f"warning: {name}{others}: {text}")
-
-
-def command_line() -> str:
-    """Return the command that is running, for the history of what it makes."""
-    return shlex.join(["lcc", *sys.argv[1:]])
-
-
-def checkpoints_of(directory: Path) -> Path:
-    """Return where the checkpoints of an lcc directory go while it is trained: DIR.checkpoints."""
-    return directory.parent / f"{directory.name}.checkpoints"
-
-
-def fits_of(directory: Path) -> Path:
-    """Return where the fits of single sites go while an lcc directory is made: DIR.fits."""
-    return directory.parent / f"{directory.name}.fits"

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from lcc import data, train
+from lcc.directory import checkpoints_of
 from lcc.errors import RecipeError
 from lcc.libraries import names_library
-from lcc.manifest import event_now
+from lcc.manifest import command_line, event_now
 from lcc.recipe import Finetune, ModelPart
-from lcc.settings import checkpoints_of, command_line
 
 if TYPE_CHECKING:
     from lcc.network import Network

@@ -11,9 +11,9 @@ from lcc import artifact, checkpoints, data, fit_store, progressive
 from lcc import recipe_file as recipes
 from lcc.comparison import EVAL_BATCH, BenchOptions, measured_accuracy, on_data, timed_report
 from lcc.conversion import convert_network
+from lcc.directory import checkpoints_of, fits_of
 from lcc.export import to_onnx
 from lcc.pipeline import decided, exported_lines, onnx_beside, open_first, saved
-from lcc.settings import Settings, checkpoints_of, fits_of
 from lcc.tables import report_sheets, to_markdown
 from lcc.tuning import train_network
 from lcc.written_files import check_file
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lcc.plan import Rule, Site
     from lcc.recipe import Export, Recipe
     from lcc.report import ModelRow, Report
+    from lcc.settings import Settings
 
 DEMO = Path(__file__).parent / "demo"
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from lcc.calibrate import calibrate_
 from lcc.errors import ArtifactError
-from lcc.fit_store import FitStore, conversion_key, discard
+from lcc.fit_store import FitStore, discard
+from lcc.measurements import content_key
 from lcc.methods import Fit
 from lcc.methods.reaction_diffusion import RdExplicit
 from lcc.plan import make_plan, rules_for
@@ -78,12 +79,12 @@ def test_a_damaged_fit_is_named(tmp_path):
 
 def test_the_key_depends_on_weights_images_and_plan():
     model, images = network(), photos(2)
-    key = conversion_key(model, images, "plan")
-    assert key == conversion_key(network(), photos(2), "plan")
-    assert key != conversion_key(model, images, "another plan")
-    assert key != conversion_key(model, images + 1, "plan")
+    key = content_key(model, images, "plan")
+    assert key == content_key(network(), photos(2), "plan")
+    assert key != content_key(model, images, "another plan")
+    assert key != content_key(model, images + 1, "plan")
     model[0].bias.data[0] += 1
-    assert key != conversion_key(model, images, "plan")
+    assert key != content_key(model, images, "plan")
 
 
 def test_only_what_lcc_wrote_is_removed(tmp_path):

@@ -7,6 +7,7 @@ from small_data import idx_data
 
 from lcc import checkpoints, pipeline, whole_run
 from lcc.comparison import BenchOptions
+from lcc.directory import checkpoints_of
 from lcc.errors import RecipeError, SourceError, TrainingError
 from lcc.export import Exported, Parity
 from lcc.methods.linear_mix import LinearMix
@@ -14,7 +15,7 @@ from lcc.methods.shared import Shared
 from lcc.network import sites_of
 from lcc.plan import Rule
 from lcc.recipe import Calibrate, Evaluate, Export, Finetune, ModelPart, Recipe
-from lcc.settings import Settings, checkpoints_of
+from lcc.settings import Settings
 
 NET = ModelPart(source="zoo:cifar_resnet20", weights="none", image_size=(8, 8), num_classes=3)
 RULES = (Rule(match=("layer3.2.*",), method=LinearMix()),)
