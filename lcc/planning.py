@@ -98,8 +98,6 @@ def _chosen(tables: Tables, targets: Sequence[Target], settings: Settings) -> Bu
             if not trials:
                 raise
             break
-        if any(trial.choice.taken == found.taken for trial in trials):
-            break
         trials.append(_measured(found, tables, clock))
         if abs(trials[-1].choice.costs["latency"] - found.costs["latency"]) <= CLOSE * found.costs["latency"]:
             break
@@ -246,7 +244,7 @@ def _report(
         ),
         cheaper=None if cheaper is None else changes(found, cheaper, now, first),
         dearer=None if dearer is None else changes(found, dearer, now, first),
-        compared=() if clock is None else tuple(clock.compared),
+        compared=() if clock is None else clock.compared,
         noisy=clock is not None and clock.noisy,
         timing=None if clock is None else clock.conditions,
         cost=tables.errors.cost,

@@ -54,7 +54,7 @@ class Clock:
 
     def __init__(self, network: Network, sites: tuple[Site, ...], timing: Timing) -> None:
         self.network, self.sites, self.timing = network, sites, timing
-        self.compared: list[Compared] = []
+        self._compared: dict[tuple[Rule, ...], Compared] = {}
         self.noisy = False
         self.now_ms = 0.0
         self._table: LatencyTable = {}
@@ -109,19 +109,26 @@ class Clock:
         ]
 
     def measure(self, taken: Sequence[Option]) -> Compared:
-        """Return how long the network with priced options taken takes, beside what was predicted."""
-        whole = self._whole(rules_of(taken))
+        """Return how long the network with priced options taken takes, beside what was predicted at first."""
+        rules = rules_of(taken)
+        if rules in self._compared:
+            return self._compared[rules]
+        whole = self._whole(rules)
         self.now_ms = self.now_ms or whole.before_ms
         self.noisy = self.noisy or whole.noisy
         self.conditions = str(whole.conditions)
         saved = sum(option.saved["latency"] for option in taken)
-        found = Compared(
+        self._compared[rules] = Compared(
             by_parts_ms=self.now_ms - saved,
             predicted_ms=self.now_ms - self._scale * saved,
             measured_ms=self.now_ms * whole.ratio,
         )
-        self.compared.append(found)
-        return found
+        return self._compared[rules]
+
+    @property
+    def compared(self) -> tuple[Compared, ...]:
+        """The networks that were measured; the chosen one last."""
+        return tuple(self._compared.values())
 
     def learn(self, found: Compared) -> None:
         """Scale what layers save alone so that it is right for this network."""
@@ -131,7 +138,8 @@ class Clock:
 
     def choose(self, found: Compared) -> None:
         """Take this network for the one that is chosen: learn from it, and list it last."""
-        self.compared = [*(one for one in self.compared if one is not found), found]
+        for rules in [rules for rules, one in self._compared.items() if one is found]:
+            self._compared[rules] = self._compared.pop(rules)
         self.learn(found)
 
     def alone(self, option: Option) -> Alone | None:
