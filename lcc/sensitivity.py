@@ -101,7 +101,10 @@ def _now(device: torch.device) -> float:
 
 
 class _Trial:
-    """An option's operators, beside the modules that they would replace."""
+    """An option's operators, beside the modules that they would replace.
+
+    `moments`: those of the outputs that a norm follows, over all images.
+    """
 
     def __init__(
         self, model: nn.Module, sites: Mapping[str, Site], method: Method, names: tuple[str, ...]
@@ -109,8 +112,7 @@ class _Trial:
         self.method = method
         self.originals = {name: model.get_submodule(name) for name in names}
         self.operators = {name: method.build(sites[name].spec) for name in names}
-        self.has_norm = {name: sites[name].norm is not None for name in names}
-        self.moments = {name: PooledMoments() for name in names if self.has_norm[name]}
+        self.moments = {name: PooledMoments() for name in names if sites[name].norm is not None}
         for name, operator in self.operators.items():
             operator.to(next(self.originals[name].parameters())).eval()
         self.relative_error = self.squares = 0.0
@@ -121,7 +123,7 @@ class _Trial:
         self.method.tie_(ops)
         self.method.project_bank_(ops, list(self.originals.values()))
         self.statistics = {
-            name: op.statistics(free_means=self.has_norm[name]) for name, op in self.operators.items()
+            name: op.statistics(free_means=name in self.moments) for name, op in self.operators.items()
         }
         for name, module in self.originals.items():
             handle = module.register_forward_hook(self._watching(name))

@@ -138,8 +138,8 @@ class Clock:
 
     def choose(self, found: Compared) -> None:
         """Take this network for the one that is chosen: learn from it, and list it last."""
-        for rules in [rules for rules, one in self._compared.items() if one is found]:
-            self._compared[rules] = self._compared.pop(rules)
+        rules = next(rules for rules, one in self._compared.items() if one is found)
+        self._compared[rules] = self._compared.pop(rules)
         self.learn(found)
 
     def alone(self, option: Option) -> Alone | None:

@@ -64,6 +64,13 @@ def test_every_family_has_a_part_in_the_options():
     assert methods | {type(found.method) for found in EVERY} == set(METHODS.values())
 
 
+def test_the_levels_of_multigrid_are_varied_too():
+    conv = ConvSpec(in_channels=64, out_channels=64, kernel_size=(3, 3), padding=(1, 1))
+    tried = {(member.group_size, len(member.conv_levels(conv))) for member in Mgic.family(conv)}
+    assert len({levels for _, levels in tried}) > 1
+    assert len({size for size, _ in tried}) > 1
+
+
 def test_an_option_for_a_convolution_settles_it_and_one_for_a_step_what_is_inside():
     covers = {found.sites: set(found.covers) for found in EVERY}
     assert covers["layer1.conv1",] == {"layer1.conv1"}
