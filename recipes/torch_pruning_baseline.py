@@ -18,7 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torch_pruning as tp
+from torch import Tensor, nn
 
 import lcc
 from lcc import artifact, train
@@ -26,26 +28,72 @@ from lcc.counts import count_macs, count_params
 from lcc.export import to_onnx
 from lcc.plan import Plan
 from lcc.recipe_file import load
+from lcc.zoo import Subsample
 
 
-def pruned(model: torch.nn.Module, example: torch.Tensor, ratio: float, steps: int = 200) -> torch.nn.Module:
+class Picked(nn.Module):
+    """A `Subsample` after pruning: every second pixel, the channels left at their places, zeros elsewhere.
+
+    (N, C, H, W) -> (N, len(places), ceil(H / 2), ceil(W / 2)). `places`: which channel comes there, or C.
+    """
+
+    def __init__(self, places: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("places", places)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the smaller x, its channels at their places."""
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, 1)).index_select(1, self.places)
+
+
+def with_convolutions(model: nn.Module, example: Tensor) -> nn.Module:
+    """Return a copy in which each `Subsample` is a 1x1 convolution that computes the same.
+
+    torch-pruning takes a pad for an operation that leaves channels where they are: it would prune the same
+    ones before and behind it, and add those that are left to the wrong ones. It knows convolutions.
+    """
+    model, seen = copy.deepcopy(model).eval(), {}
+    places = {name: module for name, module in model.named_modules() if isinstance(module, Subsample)}
+    for name, module in places.items():
+        module.register_forward_hook(lambda _, given, __, name=name: seen.update({name: given[0].shape[1]}))
+    model(example)
+    for name, module in places.items():
+        count, margin = seen[name], module.margin
+        conv = nn.Conv2d(count, count + 2 * margin, 1, stride=2, bias=False)
+        conv.weight.data = F.pad(torch.eye(count), (0, 0, margin, margin))[:, :, None, None]
+        model.set_submodule(name, conv)
+    return model
+
+
+def without_convolutions(model: nn.Module, names: list[str]) -> nn.Module:
+    """Return a copy in which these 1x1 convolutions, of zeros and ones, only move channels."""
+    model = copy.deepcopy(model)
+    for name in names:
+        weight = model.get_submodule(name).weight.data[:, :, 0, 0]
+        places = torch.where(weight.any(1), weight.argmax(1), weight.shape[1])
+        model.set_submodule(name, Picked(places))
+    return model
+
+
+def pruned(model: nn.Module, example: Tensor, ratio: float, steps: int = 200) -> nn.Module:
     """Return a copy with at least `ratio` times fewer MACs; the classifier's outputs stay."""
-    model = copy.deepcopy(model).eval()
-    heads = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    shortcuts = [name for name, module in model.named_modules() if isinstance(module, Subsample)]
+    known = with_convolutions(model, example)
     pruner = tp.pruner.MagnitudePruner(
-        model,
+        known,
         example,
         importance=tp.importance.GroupMagnitudeImportance(p=2),
         global_pruning=True,
         pruning_ratio=0.95,
         iterative_steps=steps,
-        ignored_layers=heads,
+        ignored_layers=[module for module in known.modules() if isinstance(module, nn.Linear)],
     )
     wanted = count_macs(model, example).macs / ratio
     for _ in range(steps):
         pruner.step()
-        if count_macs(model, example).macs <= wanted:
-            return model
+        found = without_convolutions(known, shortcuts)
+        if count_macs(found, example).macs <= wanted:
+            return found
     raise SystemExit(f"torch-pruning does not get to {ratio:g} times fewer MACs")
 
 
