@@ -96,14 +96,14 @@ class Target(Frozen):
 class Budgeted(NamedTuple):
     """The options to take, what the network then costs, and the sums of the predicted errors and of the harm.
 
-    `gap`: how far the harm may be above the least possible, relative.
+    `gap`: how far the harm may be above the least possible, relative; None: it was not made small.
     """
 
     taken: tuple[Option, ...]
     costs: Costs
     error: float
     harm: float
-    gap: float
+    gap: float | None
 
 
 def amount(quantity: Quantity, value: float) -> str:
@@ -175,7 +175,7 @@ def floor(
 ) -> Budgeted:
     """Return the choice that costs least, of those that keep the `others` among the targets, if any does."""
     found = _search(options, now, _limits(others, now), least=quantity)
-    return found or Budgeted((), dict(now), 0.0, 0.0, 0.0)
+    return (found or Budgeted((), dict(now), 0.0, 0.0, 0.0))._replace(gap=None)
 
 
 def frontier(
@@ -237,16 +237,20 @@ def _by(taken: Sequence[Option]) -> str:
 def _least_harm(
     options: Sequence[Option], now: Costs, limits: Sequence[tuple[Quantity, float]]
 ) -> Budgeted | None:
-    """Return the choice with the least harm within limits; None: there is none.
-
-    HiGHS's tolerances are absolute. So the harm found first is the unit of a second search, among the options
-    that do no more than that.
-    """
+    """Return the choice with the least harm within limits, of equals the one of least error; None: none."""
     found = _search(options, now, limits)
     if found is None:
         return None
     fitting = [option for option in options if option.harm <= found.harm]
-    return _search(fitting, now, limits) or found
+    found = _search(fitting, now, limits) or found
+    if all(option.penalty is None for option in fitting):
+        return found
+    for _ in range(2):  # as for the harm, the error found first is the unit of the second search
+        equal = _search(fitting, now, limits, least="error", most_harm=found.harm * (1 + GAP))
+        if equal is None:
+            break
+        found, fitting = equal, [option for option in fitting if option.error <= equal.error]
+    return found
 
 
 def _search(
@@ -254,10 +258,16 @@ def _search(
     now: Costs,
     limits: Sequence[tuple[Quantity, float]],
     *,
-    least: Quantity | None = None,
+    least: Quantity | Literal["harm", "error"] = "harm",
     most_harm: float | None = None,
 ) -> Budgeted | None:
-    """Return the choice with the least harm, or cost (`least`), within limits; None: there is none."""
+    """Return the choice with the least harm, error or cost, within limits; None: there is none.
+
+    HiGHS's tolerances are absolute, of what is counted here in units of the largest that an option has: so it
+    can be asked again with the options that have no more than all of what was found.
+    """
+    if most_harm is not None:
+        options = [option for option in options if option.harm <= most_harm]
     if not options:
         fits = all(now[quantity] <= limit for quantity, limit in limits)
         return Budgeted((), dict(now), 0.0, 0.0, 0.0) if fits else None
@@ -266,12 +276,19 @@ def _search(
         saved, needed = _saved(options, quantity), now[quantity] - limit
         constraints.append(LinearConstraint(saved[None] / now[quantity], needed / now[quantity], np.inf))
     harms = np.array([option.harm for option in options])
-    scale = harms.max() or 1.0
     if most_harm is not None:
+        scale = most_harm or 1.0
         constraints.append(LinearConstraint(harms[None] / scale, -np.inf, most_harm / scale))
+    if least == "harm":
+        objective = harms / (harms.max() or 1.0)
+    elif least == "error":
+        errors = np.array([option.error for option in options])
+        objective = errors / (errors.max() or 1.0)
+    else:
+        objective = -_saved(options, least) / now[least]
     with silent_stdout():
         result = milp(
-            harms / scale if least is None else -_saved(options, least) / now[least],
+            objective,
             integrality=np.ones(len(options)),
             bounds=Bounds(0, 1),
             constraints=constraints,

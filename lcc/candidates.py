@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import torch
+
+from lcc.blocks import dense
 from lcc.budget import Option
 from lcc.methods import Method
 from lcc.plan import Rule, banks_of
-from lcc.specs import Cost
+from lcc.specs import ConvSpec, Cost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lcc.budget import Quantity
     from lcc.plan import Site
+    from lcc.specs import StepSpec
 
 BYTES = 4  # of a parameter
 
@@ -29,7 +33,7 @@ def options_for(
     """Return every way of giving methods sites that they can take, and what it saves; errors not yet known.
 
     A class stands for its family. `include` and `exclude` are globs over names. A method that shares takes a
-    whole bank. Of bytes only those of parameters count: a block's buffers, some hundredths of them, do not.
+    whole bank.
     """
     free = [site for site in sites if _is_named(site, include, exclude) and site.sizes]
     wanted: dict[Method, list[Site]] = {}
@@ -43,18 +47,21 @@ def options_for(
 def worthwhile(options: Sequence[Option], quantities: Sequence[Quantity]) -> list[Option]:
     """Return the options that save something of what is short, each amount of it with the least loss.
 
-    Of members of one family on the same sites that save as much, that one which saves least of the rest has
+    Of members of one family on the same sites that save as much, those which save least of the rest have
     the most freedom to fit.
     """
     counted: tuple[Quantity, ...] = ("macs", *(q for q in quantities if q in ("params", "size")))
-    best: dict[object, Option] = {}
+    best: dict[object, list[Option]] = {}
     for option in options:
         if all(option.saved[quantity] <= 0 for quantity in quantities):
             continue
         key = (type(option.method), option.sites, tuple(option.saved[quantity] for quantity in counted))
-        if key not in best or option.saved["params"] < best[key].saved["params"]:
-            best[key] = option
-    return list(best.values())
+        equals = best.setdefault(key, [option])
+        if option.saved["params"] < equals[0].saved["params"]:
+            best[key] = [option]
+        elif option.saved["params"] == equals[0].saved["params"] and option is not equals[0]:
+            equals.append(option)
+    return [option for equals in best.values() for option in equals]
 
 
 def rules_of(taken: Sequence[Option]) -> tuple[Rule, ...]:
@@ -114,9 +121,24 @@ def _option(method: Method, taken: tuple[Site, ...], sites: tuple[Site, ...]) ->
     after = sum((site.cost_with(method, first=site is taken[0]) for site in taken), none)
     inside = (other.name for site in taken for other in sites if site.holds(other))
     params = before.params - after.params
+    buffers = sum(_buffers_saved(method, site.spec) for site in taken)
     return Option(
         method=method,
         sites=tuple(site.name for site in taken),
         covers=tuple(dict.fromkeys((*(site.name for site in taken), *inside))),
-        saved={"params": params, "macs": before.macs - after.macs, "size": BYTES * params},
+        saved={"params": params, "macs": before.macs - after.macs, "size": BYTES * params + buffers},
+    )
+
+
+def _buffers_saved(method: Method, spec: ConvSpec | StepSpec) -> int:
+    """Return by how many bytes the stored buffers of a site shrink, such as the statistics of its norms."""
+    if isinstance(spec, ConvSpec):
+        return 0
+    with torch.device("meta"):
+        before, after = dense(spec), method.build(spec)
+    return sum(
+        sign * tensor.nbytes
+        for sign, module in ((1, before), (-1, after))
+        for name, tensor in module.state_dict().items()
+        if name not in dict(module.named_parameters())
     )

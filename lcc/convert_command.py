@@ -147,7 +147,9 @@ def convert(
     calibrate: Annotated[
         str | None, typer.Option(metavar="DATA", help="Fit on unlabelled images, such as imagefolder:DIR.")
     ] = None,
-    images: Annotated[int, typer.Option(help="How many images to fit on.")] = 512,
+    images: Annotated[
+        int | None, typer.Option(help="With --calibrate: how many images to fit on; default: 512.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and convert nothing.")] = False,
     save_plan: Annotated[
         Path | None,
@@ -170,7 +172,10 @@ def convert(
 
     calibration = None
     if calibrate is not None:
-        calibration = checked(Calibrate, data=calibrate, images=images, seed=part.seed)
+        count = {} if images is None else {"images": images}
+        calibration = checked(Calibrate, data=calibrate, seed=part.seed, **count)
+    elif images is not None:
+        raise RecipeError("--images says how many of --calibrate DATA are looked at; give it that, too")
     if out is None and not dry_run:
         raise RecipeError("say where to put the result: -o DIR (or --dry-run to write nothing)")
     if isinstance(decision, tuple) and save_plan is not None:

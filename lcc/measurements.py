@@ -6,8 +6,10 @@ FOLDER/KIND-HASH.jsonl   first a line that states the conditions in full, then t
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -91,8 +93,8 @@ def cache_folder() -> Path:
 
 
 def content_key(model: nn.Module, images: Tensor | None, *descriptions: str) -> str:
-    """Return a hash over a network's weights, the images if they count, and what else is said of it."""
-    digest = hashlib.sha256()
+    """Return a hash over a network's code, weights, images if they count, and what else is said of it."""
+    digest = hashlib.sha256(code_of(model).encode())
     tensors = [*sorted(model.state_dict().items()), *([] if images is None else [("images", images)])]
     for name, tensor in tensors:
         digest.update(name.encode())
@@ -100,3 +102,13 @@ def content_key(model: nn.Module, images: Tensor | None, *descriptions: str) -> 
     for text in descriptions:
         digest.update(text.encode())
     return digest.hexdigest()
+
+
+def code_of(model: nn.Module) -> str:
+    """Return the source text of a network's classes, torch's own left out, as far as there is any."""
+    texts = []
+    for kind in dict.fromkeys(type(module) for module in model.modules()):
+        if kind.__module__.partition(".")[0] != "torch":
+            with suppress(OSError, TypeError):  # typed in, or compiled
+                texts.append(inspect.getsource(kind))
+    return "".join(texts)

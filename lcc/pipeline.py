@@ -94,7 +94,7 @@ def convert(
     without images; ArtifactError: the target.
     """
     artifact.check_target(directory, force=settings.force)
-    _check_plan_file(save_plan, settings, directory)
+    _check_plan_file(save_plan, replace(settings, force=settings.force or resume), directory)
     original = open_first(part, settings)
     rules = decided(original, decision, calibration, settings, save_plan)
     fits = fits_of(directory)
@@ -288,7 +288,7 @@ def _saved_plan(planned: Planned, path: Path | None, settings: Settings) -> Plan
     if path is not None:
         with written_at_once(path) as file:
             file.write_text(rules_text(planned.rules, planned.report), encoding="utf-8")
-        settings.say(f"wrote {path}; edit it, then: lcc convert SOURCE --plan {path} -o DIR")
+        settings.say(f"wrote {path}; edit it, then: lcc convert SOURCE --plan {path} --calibrate DATA -o DIR")
     return planned
 
 

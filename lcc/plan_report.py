@@ -60,7 +60,7 @@ class Point(Frozen):
 class PlanReport(Frozen):
     """A choice: costs `now` and `then`, `limits` of those asked for, and the predicted error in nats.
 
-    `gap`: how far above the least possible the harm may be.
+    `gap`: how far above the least possible the harm may be; None: what costs least was taken.
     `cheaper` and `dearer`: what the nearest other choices change. `compared`: whole networks that were timed,
     the chosen one last. `quantity` is what the frontier is about; `drop`: points of accuracy lost.
     """
@@ -74,7 +74,7 @@ class PlanReport(Frozen):
     then: Costs
     error: float
     keep: Literal["outputs", "capacity"]
-    gap: float
+    gap: float | None
     parts: tuple[Part, ...]
     frontier: tuple[Point, ...]
     cheaper: str | None
@@ -116,7 +116,7 @@ def plan_line(report: PlanReport) -> str:
     converted = sum(len(part.sites) for part in report.parts)
     return (
         f"planned for {' and '.join(report.targets)}: {converted} sites converted, {costs}, "
-        f"predicted error {report.error:.3g} nats"
+        f"predicted error {report.error:.3g} nats" + "".join(f"; {note}" for note in _over(report))
     )
 
 
@@ -199,14 +199,15 @@ def _notes(report: PlanReport) -> Iterator[str]:
     for quantity, total in report.now.items():
         after = report.then[quantity]
         yield f"{amount(quantity, total)} becomes {amount(quantity, after)}, {after / total:.1%}"
-    least = "the least possible" if report.gap < CERTAIN else f"at most {report.gap:.1g} above the least"
-    aim = {"outputs": least, "capacity": f"parameters kept first: {least} in that"}[report.keep]
+    if report.gap is None:
+        aim = "whatever is cheapest"
+    else:
+        least = "the least possible" if report.gap < CERTAIN else f"at most {report.gap:.1g} above the least"
+        aim = {"outputs": least, "capacity": f"parameters kept first: {least} in that"}[report.keep]
     yield f"predicted error {report.error:.3g} nats (divergence of the outputs), {aim}; other sites stay"
     if report.drop is not None:
         yield f"{report.drop:+.2f} points lost right after conversion, before fine-tuning"
-    over = report.then.get("latency", 0.0) / report.limits.get("latency", float("inf")) - 1
-    if over > 0:
-        yield f"the latency is {over:.1%} over its target, which is within what timing can tell"
+    yield from _over(report)
     for number, found in enumerate(report.compared, 1):
         name = "the chosen network" if number == len(report.compared) else "a network to learn from"
         off = found.predicted_ms / found.measured_ms - 1
@@ -223,6 +224,12 @@ def _notes(report: PlanReport) -> Iterator[str]:
     yield report.cost
     if report.checked is not None:
         yield report.checked
+
+
+def _over(report: PlanReport) -> Iterator[str]:
+    over = report.then.get("latency", 0.0) / report.limits.get("latency", float("inf")) - 1
+    if over > 0:
+        yield f"the latency is {over:.1%} over its target, which is within what timing can tell"
 
 
 def _frontier_sheet(report: PlanReport) -> Sheet:

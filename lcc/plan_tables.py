@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from lcc.recipe import Budget, Calibrate
     from lcc.settings import Settings
 
-TIE = 1e-2  # of all errors together, beside all parameters
-
 
 class Tables(NamedTuple):
     """All that a choice is made from: `options` with what each saves alone, `now` what the network costs."""
@@ -108,14 +106,8 @@ def _by_capacity(options: Sequence[Option], now: Costs) -> list[Option]:
 
     To learn in fine-tuning what it lost, a network needs parameters.
     """
-    most = max(option.error for option in options) or 1.0
     return [
-        option.model_copy(
-            update={
-                "penalty": max(option.saved["params"], 0.0) / now["params"]
-                + TIE * option.error / (most * len(options))
-            }
-        )
+        option.model_copy(update={"penalty": max(option.saved["params"], 0.0) / now["params"]})
         for option in options
     ]
 

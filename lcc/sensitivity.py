@@ -159,10 +159,11 @@ class _Trial:
 
 
 def _batches(trials: Sequence[_Trial]) -> list[list[_Trial]]:
-    """Return trials that are fitted in one pass together; those that keep activations go alone."""
-    fast = [trial for trial in trials if not trial.method.fits_slowly]
-    batches = [fast[i : i + AT_ONCE] for i in range(0, len(fast), AT_ONCE)]
-    return [*batches, *([trial] for trial in trials if trial.method.fits_slowly)]
+    """Return trials that are fitted in one pass together; banks and what keeps activations go alone."""
+    large = [trial for trial in trials if trial.method.fits_slowly or trial.method.shares]
+    small = [trial for trial in trials if trial not in large]
+    batches = [small[i : i + AT_ONCE] for i in range(0, len(small), AT_ONCE)]
+    return [*batches, *([trial] for trial in large)]
 
 
 def _fit(model: nn.Module, trials: Sequence[_Trial], parts: Sequence[Tensor]) -> None:
@@ -234,9 +235,11 @@ def _slopes(
 
 
 def refuse_no_classes(logits: object) -> None:
-    """Raise SourceError if a network's output is not (N, classes)."""
+    """Raise SourceError if a network's output is not (N, classes), or not finite."""
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise SourceError("a planner needs a classifier, which gives (images, classes); decide by --method")
+    if not logits.isfinite().all():
+        raise SourceError("the network's outputs are not finite, so nothing can be compared with them")
 
 
 def _with_moments(got: Tensor, now: PooledMoments, wanted: PooledMoments) -> Tensor:

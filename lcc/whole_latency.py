@@ -19,7 +19,7 @@ from lcc.candidates import rules_of
 from lcc.export import to_onnx
 from lcc.latency_table import Place, conditions_of, measure_latencies, missing, reasons
 from lcc.measure import Conditions, bench_onnx, bench_torch
-from lcc.measurements import Store, cache_folder
+from lcc.measurements import Store, cache_folder, code_of
 from lcc.plan import Rule, make_plan
 from lcc.plan_report import Alone, Compared
 from lcc.specs import Frozen
@@ -61,9 +61,10 @@ class Clock:
         self._scale = 1.0
         loaded = network.loaded
         kinds = [site.model_dump_json() for site in sites]
-        structure = f"{loaded.source.id}{loaded.model}{loaded.preprocessing.image_size}{kinds}".encode()
+        structure = f"{loaded.source.id}{loaded.model}{loaded.preprocessing.image_size}{kinds}"
+        structure += code_of(loaded.model)
         self.conditions = ""
-        conditions = {**conditions_of(timing), "network": hashlib.sha256(structure).hexdigest()}
+        conditions = {**conditions_of(timing), "network": hashlib.sha256(structure.encode()).hexdigest()}
         self._store = Store(cache_folder(), "networks", conditions, Whole)
         self._known = {whole.rules: whole for whole in self._store.read()}
         self._original_file: bytes | None = None

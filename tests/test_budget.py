@@ -169,6 +169,42 @@ def test_an_option_of_great_harm_does_not_blur_the_others(outlier):
     assert meet([*small, great], NOW, targets).error == pytest.approx(wanted, rel=1e-5)
 
 
+UNIQUE = (1, 3)  # seeds of which one choice alone harms least
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_of_choices_that_harm_as_much_the_one_of_least_error_is_taken(seed):
+    rough = [
+        option.model_copy(update={"penalty": round(option.error * 2) / 2, "error": option.error * 1e-3})
+        for option in some_options(seed)
+    ]
+    great = rough[0].model_copy(update={"error": 50.0, "method": LinearMix(group_size=64)})
+    targets = [Target(quantity="macs", share=0.6)]
+    fitting = [
+        (sum(option.harm for option in taken), error_of(taken))
+        for taken in all_choices(rough)
+        if costs_of(taken)["macs"] <= targets[0].of(NOW)
+    ]
+    most = max(error for harm, error in fitting if harm == min(fitting)[0])
+    found = meet([*rough, great], NOW, targets)
+    assert (found.harm, found.error) == pytest.approx(min(fitting), rel=1e-5)
+    assert seed in UNIQUE or found.error < most
+
+
+def test_an_option_of_great_harm_does_not_blur_the_next_dearer_choice():
+    small = [option.model_copy(update={"error": option.error * 1e-3}) for option in some_options(1)]
+    great = small[0].model_copy(update={"error": 1e3, "method": LinearMix(group_size=64)})
+    found = meet(small, NOW, [Target(quantity="macs", share=0.7)])
+    dearer = neighbours([*small, great], NOW, found, "macs")[1]
+    better = min(costs_of(t)["macs"] for t in all_choices(small) if error_of(t) <= found.error * 0.999)
+    assert dearer.costs["macs"] == pytest.approx(better)
+
+
+def test_the_cheapest_choice_says_nothing_of_how_little_it_harms():
+    assert floor(some_options(), NOW, "macs").gap is None
+    assert meet(some_options(), NOW, [Target(quantity="macs", share=0.7)]).gap <= 1e-5
+
+
 def test_neighbours_and_frontier_keep_the_other_targets():
     options = some_options(2)
     targets = [Target(quantity="macs", share=0.9), Target(quantity="params", share=0.7)]

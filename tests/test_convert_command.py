@@ -36,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
             "several methods at once are for --target",
         ),
         ((*DRY, "--save-plan", "plan.toml"), "--save-plan writes what a planner decides"),
+        ((*DRY, "--images", "16"), "--images says how many of --calibrate DATA"),
         ((*DRY, "--check-errors"), "--check-errors goes with --dry-run and a --target"),
         (
             ("convert", *NET, *IMAGES, *TARGET, "-o", "x", "--check-errors"),
@@ -75,6 +76,14 @@ def test_a_plan_is_not_written_over_what_is_there(lcc_run, monkeypatch, tmp_path
     assert (tmp_path / "plan.toml").read_text() == "mine"
 
 
+def test_a_plan_of_the_run_that_is_gone_on_with_is_written_again(lcc_run, within, tmp_path):
+    (tmp_path / "plan.toml").write_text("of the run before")
+    more = ("--save-plan", tmp_path / "plan.toml", "-o", tmp_path / "out", "--resume")
+    code, _, err = lcc_run(*within, *more)
+    assert code == 0, err
+    assert "predicted error" in (tmp_path / "plan.toml").read_text()
+
+
 # A few sites and methods of ResNet-20, on small images.
 SMALL = ("--image-size", "8", "--include", "layer3.2.*", "--include", "layer1.0.*", "--method", "linear_mix")
 
@@ -107,8 +116,9 @@ def test_a_dry_run_prints_tables_and_saves_the_plan_that_convert_then_takes(lcc_
     assert code == 0, err
     assert "RANDOM WEIGHTS" in out
     assert "frontier" in out
-    assert f"--plan {plan} -o DIR" in err
-    code, _, err = lcc_run("convert", *NET, "--image-size", "8", "--plan", plan, "-o", small)
+    assert f"--plan {plan} --calibrate DATA -o DIR" in err
+    fit = within[within.index("--calibrate") : within.index("--target")]
+    code, _, err = lcc_run("convert", *NET, "--image-size", "8", "--plan", plan, *fit, "-o", small)
     assert code == 0, err
     code, out, err = lcc_run(*within, "-o", tmp_path / "direct", "--json")
     assert code == 0, err

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+
 import pytest
 import torch
 from hosts import photos, seeded
@@ -85,6 +88,22 @@ def test_the_key_depends_on_weights_images_and_plan():
     assert key != content_key(model, images + 1, "plan")
     model[0].bias.data[0] += 1
     assert key != content_key(model, images, "plan")
+
+
+def test_the_key_depends_on_what_the_network_computes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = set()
+    for function in ("relu", "tanh"):
+        (tmp_path / "own.py").write_text(
+            "from torch import nn\n\nclass Own(nn.Linear):\n    def forward(self, x):\n"
+            f"        return super().forward(x).{function}()\n"
+        )
+        sys.modules.pop("own", None)
+        importlib.invalidate_caches()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            keys.add(content_key(importlib.import_module("own").Own(2, 2), None))
+    assert len(keys) == 2
 
 
 def test_only_what_lcc_wrote_is_removed(tmp_path):

@@ -18,14 +18,15 @@ from planning_setting import (
 
 from lcc import plan_tables, whole_latency
 from lcc.errors import NothingToConvertError, RecipeError, SourceError
-from lcc.latency_table import Place, Timed
-from lcc.measure import Conditions
+from lcc.latency_table import Place, Timed, Timing
+from lcc.measure import Bench, Conditions
 from lcc.methods.circulant import Circulant
-from lcc.methods.linear_mix import LinearMix
+from lcc.methods.linear_mix import LinearMix, LinearMixOp
 from lcc.network import sites_of
-from lcc.plan import make_plan
-from lcc.plan_report import plan_sheets
+from lcc.plan import Rule, make_plan
+from lcc.plan_report import plan_line, plan_sheets
 from lcc.tables import NOISE
+from lcc.timing import Latency, Speedup
 from lcc.whole_latency import Clock, Whole
 
 pytestmark = pytest.mark.usefixtures("same_threads")
@@ -42,6 +43,36 @@ CONDITIONS = Conditions(
     dtype="float32",
     rounds=1,
 )
+
+
+# What a stand-in takes the place of below
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "torch"])
+def test_a_network_is_converted_and_timed_beside_its_original(runtime, monkeypatch):
+    original, seen = network(), {}
+
+    def bench(networks, *_, **__):
+        seen.update(networks)
+        speedups = {"converted": Speedup(median=4.0, p10=3.0, p90=5.0)}
+        times = {"dense": 8.0, "converted": 2.0}
+        latencies = {
+            name: Latency(median_ms=ms, p10_ms=ms, p90_ms=ms, iqr_ms=0.1, runs=9, noisy=ms == 8)
+            for name, ms in times.items()
+        }
+        return Bench(conditions=CONDITIONS, latencies=latencies, speedups=speedups)
+
+    monkeypatch.setattr(whole_latency, f"bench_{runtime}", bench)
+    rules = (Rule(match=("layer2.conv1",), method=LinearMix()), Rule(match=("*",)))
+    whole = Clock(original, sites_of(original), Timing(runtime=runtime))._timed(rules)
+    assert (whole.before_ms, whole.ratio, whole.noisy, whole.rules) == (8.0, 0.25, True, rules)
+    assert list(seen) == ["dense", "converted"]
+    if runtime == "onnx":
+        sizes = [len(file) for file in seen.values()]
+        assert sizes[1] < sizes[0]
+    else:
+        kinds = [type(model.layer2.conv1) for model in seen.values()]
+        assert kinds == [torch.nn.Conv2d, LinearMixOp]
 
 
 class Machine:
@@ -154,6 +185,14 @@ def test_of_several_networks_that_were_timed_the_chosen_one_comes_last(data, mac
     assert rules[:-1] in machine.timed
 
 
+def test_a_latency_just_over_its_target_is_said_wherever_the_choice_is(data, machine):
+    report = planned(data, "latency=9ms")[1]
+    assert "over its target" not in plan_line(report)
+    over = report.model_copy(update={"then": {**report.then, "latency": 9.09}})
+    assert "the latency is 1.0% over its target" in plan_line(over)
+    assert any("1.0% over its target" in note for note in plan_sheets(over)[0].notes)
+
+
 def test_a_network_that_conversion_makes_slower_is_refused(data, machine):
     machine.together = lambda saved: -saved / 10
     with pytest.raises(RecipeError, match=r"the floor is 100\.0% of the latency"):
@@ -187,6 +226,8 @@ def test_after_every_miss_the_fastest_within_the_other_targets_is_taken(data, ma
     assert report.then["latency"] <= 9.65
     assert report.then["params"] <= 0.52 * report.now["params"]
     assert any("turned out slower than the target" in line for line in said)
+    assert report.gap is None
+    assert any("whatever is cheapest" in note for note in plan_sheets(report)[0].notes)
 
 
 def test_a_network_that_nothing_makes_faster_is_refused_without_a_target_too(data, machine, passes):
