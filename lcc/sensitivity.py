@@ -61,7 +61,7 @@ def damages(
 
     Labels are drawn, so that a prediction has a spread of its own: some percent where images are few. The
     model is left in eval mode. `on_done` is called with the number of options fitted so far.
-    Raises: SourceError: the model is no classifier. ValueError: activations are not finite.
+    Raises: SourceError: the model is no classifier. ValueError: activations or outputs are not finite.
     """
     model.eval()
     device = device_of(model)
@@ -219,6 +219,8 @@ def _slopes(
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(keep(name)).remove)
         log_likelihoods = F.log_softmax(model(images), dim=1)
+    if not log_likelihoods.isfinite().all():
+        raise ValueError("the outputs are not finite")
     drawn: list[tuple[Tensor, ...]] = []
     for draw in range(DRAWS):
         labels = torch.multinomial(log_likelihoods.detach().exp().cpu(), 1, generator=generator)
@@ -235,11 +237,9 @@ def _slopes(
 
 
 def refuse_no_classes(logits: object) -> None:
-    """Raise SourceError if a network's output is not (N, classes), or not finite."""
+    """Raise SourceError if a network's output is not (N, classes)."""
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise SourceError("a planner needs a classifier, which gives (images, classes); decide by --method")
-    if not logits.isfinite().all():
-        raise SourceError("the network's outputs are not finite, so nothing can be compared with them")
 
 
 def _with_moments(got: Tensor, now: PooledMoments, wanted: PooledMoments) -> Tensor:

@@ -316,8 +316,9 @@ def test_a_target_that_is_met_already_stands_in_no_ones_way(data):
     assert report.then["params"] <= 0.9 * report.now["params"]
 
 
-def test_activations_that_are_no_numbers_are_a_finding_about_the_images(data):
+@pytest.mark.parametrize("layer", ["stem", "head"])
+def test_activations_that_are_no_numbers_are_a_finding_about_the_images(data, layer):
     broken = network()
-    broken.loaded.model.stem.weight.data.fill_(float("nan"))
+    broken.loaded.model.get_submodule(layer).weight.data.fill_(float("nan"))
     with pytest.raises(DataError, match="no finite numbers"):
         planned(data, "macs=70%", original=broken)
