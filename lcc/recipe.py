@@ -34,6 +34,7 @@ class Finetune(Frozen):
     Augmentation: `crop` "pad" is a crop shifted by up to 4 pixels, "resize" a random resized crop with areas
     in `crop_scale`, "auto" the first up to 64 pixels and the second above; `auto_augment` is timm's policy
     string; `mixup` and `cutmix` are the alphas of their beta distributions.
+    Precision: mixed with `precision`, or "no"; "bf16" is "no" on a CPU that would emulate it.
     Evaluation: on val/, else test/; with `val_split`, on that share of train/, chosen by `seed`.
     Checkpoints: every `checkpoint_every` steps, else at the end of every epoch.
     """

@@ -28,7 +28,7 @@ from lcc.evaluation import Accuracy, accuracy_on, count_outputs, device_of, mode
 from lcc.features import check_sites
 from lcc.interrupts import signals
 from lcc.specs import Frozen
-from lcc.steps import Stepper, Teacher
+from lcc.steps import Stepper, Teacher, precision_on
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -119,6 +119,8 @@ def finetune(
         first = 0 if start is None else int(start["step"])
         stream = train_batches(train, preprocessing, options, start=first, workers=workers)
         evaluation = eval_batches(held_out, preprocessing, batch_size=2 * options.batch_size, workers=workers)
+        if precision_on(target, options.precision) != options.precision:
+            say("note: this CPU would emulate bf16, which is slow: training in float32 instead")
         run = _Run(model, stream, evaluation, options, say, sites)
         if expert is teacher:
             run.learn_from(teacher, teacher_preprocessing or preprocessing)

@@ -260,6 +260,16 @@ def test_mixed_precision_and_channels_last_train_too(data):
     )
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_float32_where_a_cpu_would_emulate_it(data, monkeypatch, native):
+    monkeypatch.setattr("lcc.steps.cpu_has_bfloat16", lambda: native)
+    model, notes, seen = tiny_network(), [], set()
+    model[-1].register_forward_hook(lambda module, _, out: seen.add(out.dtype) if module.training else None)
+    run(data, model=model, epochs=1, precision="bf16", say=notes.append)
+    assert seen == {torch.bfloat16 if native else torch.float32}
+    assert any("training in float32" in note for note in notes) != native
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_a_gpu_trains_and_resumes_at_every_precision(tmp_path, data, precision):
