@@ -114,7 +114,7 @@ def test_convert_takes_hyperparameters(lcc_run):
         "convert", NET, "--weights", "none", "--dry-run", "--method", "linear_mix:group_size=4,stencil=cross"
     )
     assert code == 0
-    assert "linear_mix(group_size=4, stencil=cross)" in out
+    assert "linear_mix:group_size=4,stencil=cross" in out
 
 
 @pytest.mark.parametrize(

@@ -140,8 +140,8 @@ def test_what_costs_more_than_dense_is_marked():
 
 def test_a_form_that_a_method_leaves_alone_is_said_and_not_shown():
     (sweep,) = swept(Mgic(form="conv"))
-    assert [one.name for one in sweep.counted] == ["dense (conv)", "mgic(form=conv) (conv)"]
-    assert sweep.gaps() == ('mgic(form=conv) (block): left out: form = "conv" leaves whole blocks alone',)
+    assert [one.name for one in sweep.counted] == ["dense (conv)", "mgic:form=conv (conv)"]
+    assert sweep.gaps() == ('mgic:form=conv (block): left out: form = "conv" leaves whole blocks alone',)
 
 
 def test_kinds_of_site_taken_by_name_only_are_left_out():
@@ -213,15 +213,15 @@ def test_bench_prints_what_is_counted_as_a_table_and_as_csv(lcc_run):
     what = ("--sweep", "channels=6,8", "--fixed", "size=8", "--costs", "--method", "linear_mix:group_size=4")
     code, out, err = lcc_run("bench", *what)
     assert code == 0, err
-    assert "at channels 6: linear_mix(group_size=4) (conv): left out" in out
+    assert "at channels 6: linear_mix:group_size=4 (conv): left out" in out
     code, out, err = lcc_run("bench", *what, "--csv")
     rows = list(csv.DictReader(StringIO(out)))
     replaced = LinearMix(group_size=4).cost(conv(8), Size(height=8, width=8))
     assert [(row["operator"], row["channels"], row["params"]) for row in rows] == [
         ("dense", "6", str(9 * 6 * 6)),
         ("dense", "8", str(9 * 8 * 8)),
-        ("linear_mix(group_size=4)", "6", ""),
-        ("linear_mix(group_size=4)", "8", str(replaced.params)),
+        ("linear_mix:group_size=4", "6", ""),
+        ("linear_mix:group_size=4", "8", str(replaced.params)),
     ]
     assert [bool(row["why_not"]) for row in rows] == [False, False, True, False]
 

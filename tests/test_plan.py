@@ -25,8 +25,8 @@ def test_a_star_takes_all_that_the_method_can_take():
 def test_the_first_rule_that_matches_decides():
     plan = make_plan(SITES, (rule("layer1.0.*", method=GROUPED), rule("*", method=DEPTHWISE)))
     assert converted(plan) == {
-        "layer1.0.conv1": "linear_mix(group_size=4)",
-        "layer1.0.conv2": "linear_mix(group_size=4)",
+        "layer1.0.conv1": "linear_mix:group_size=4",
+        "layer1.0.conv2": "linear_mix:group_size=4",
         "layer1.1.conv1": "linear_mix",
         "layer2.0.conv2": "linear_mix",
     }

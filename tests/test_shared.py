@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lcc.calibrate import calibrate_, project_
 from lcc.errors import RecipeError
+from lcc.method_text import method_from_text
 from lcc.methods import parse_method
 from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
@@ -243,7 +244,10 @@ def test_circulant_operators_have_one_size_for_all_channels_and_take_no_scales()
 def test_a_shared_method_survives_json_and_says_what_it_shares():
     method = Shared(scale=True, method=LinearMix(group_size=2))
     assert parse_method(method.model_dump(mode="json")) == method
-    assert str(method) == "shared(scale=True, method=linear_mix(group_size=2))"
+    assert str(method) == "shared:scale=true,method=linear_mix:group_size=2"
+    crosses = Shared(method=LinearMix(group_size=2, stencil="cross"), align=False)
+    assert method_from_text(str(method)) == method
+    assert method_from_text(str(crosses)) == crosses
 
 
 def test_what_the_shared_method_refuses_the_bank_refuses():

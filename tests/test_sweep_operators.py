@@ -163,7 +163,7 @@ def test_dense_and_every_operator_take_turns_at_every_point(quick):
         ("kernel", "torch", [3, 5]),
         ("kernel", "onnx", [3, 5]),
     ]
-    assert all(names == ["dense", "linear_mix", "linear_mix(group_size=2)"] for names, _ in quick)
+    assert all(names == ["dense", "linear_mix", "linear_mix:group_size=2"] for names, _ in quick)
     assert len(quick) == 2 * 3  # 4 channels and a 3x3 kernel are on both axes
 
 
@@ -176,7 +176,7 @@ def test_break_even_is_stated_where_channels_are_swept(quick):
 def test_an_operator_that_can_not_stand_in_is_left_out_with_the_reason_where_it_can_not(quick):
     methods = (LinearMix(), LinearMix(group_size=3))
     torch_sweep, onnx_sweep = sweep_operators(options(methods, channels=(4, 6)))
-    name = "linear_mix(group_size=3)"
+    name = "linear_mix:group_size=3"
     assert [name in at.speedups for at in torch_sweep.points] == [False, True]
     reason = LinearMix(group_size=3).why_not(TINY.spec)
     assert torch_sweep.notes == onnx_sweep.notes == (f"at channels 4: {name}: left out: {reason}",)
@@ -345,8 +345,8 @@ def test_bench_sweeps_operators(quick, lcc_run, tmp_path):
     assert code == 0, err
     sweeps = [Sweep.model_validate_json(json.dumps(entry)) for entry in json.loads(out)]
     assert [(s.runtime, s.operators, s.conditions.batch) for s in sweeps] == [
-        ("torch", ("linear_mix(group_size=2)",), 2),
-        ("onnx", ("linear_mix(group_size=2)",), 2),
+        ("torch", ("linear_mix:group_size=2",), 2),
+        ("onnx", ("linear_mix:group_size=2",), 2),
     ]
     assert (tmp_path / "sweep.png").is_file()
 

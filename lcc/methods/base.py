@@ -242,12 +242,21 @@ class Method(Frozen, ABC):
         return ((key, value) for key, value in self if key != "name")
 
     def __str__(self) -> str:
+        """Return the method as it is written on the command line: `lcc.method_text` reads it."""
         changed = [
-            f"{key}={value}"
+            f"{key}={_as_text(value)}"
             for key, value in self.hyperparameters()
             if value != type(self).model_fields[key].default
         ]
-        return self.name + (f"({', '.join(changed)})" if changed else "")
+        return self.name + (f":{','.join(changed)}" if changed else "")
+
+
+def _as_text(value: object) -> str:
+    """Return a hyperparameter as on the command line; a method with commas in its own text as a table."""
+    if isinstance(value, Method) and "," in str(value):
+        fields = {"name": value.name} | value.model_dump(mode="json", exclude_defaults=True)
+        return f"{{{', '.join(f'{key} = {json.dumps(part)}' for key, part in fields.items())}}}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 METHODS: dict[str, type[Method]] = {}  # filled in lcc.methods, where all of them are known
