@@ -29,6 +29,7 @@ from lcc.plan_report import plan_line, rules_text
 from lcc.planning import plan_within
 from lcc.recipe import Budget, Calibrate, Finetune, ModelPart
 from lcc.specs import Cost
+from lcc.train import hash_of_weights
 from lcc.tuning import original_teacher, train_network
 from lcc.written_files import check_file, written_at_once
 
@@ -137,7 +138,14 @@ def finetune(
     if start is not None:
         settings.say(f"before fine-tuning: {start}")
     trained, result = train_network(
-        network, options, master, directory, settings, resume=resume, workers=workers
+        network,
+        options,
+        master,
+        directory,
+        settings,
+        resume=resume,
+        origin=hash_of_weights(network.loaded.model),
+        workers=workers,
     )
     trained = saved(trained, directory, settings)
     shutil.rmtree(checkpoints_of(directory), ignore_errors=True)

@@ -53,6 +53,7 @@ def convert_in_stages(
     settings: Settings,
     *,
     resume: bool,
+    origin: str,
     workers: int | None,
 ) -> tuple[tuple[Site, ...], Network]:
     """Return the sites of a network, and a copy converted as the rules say, part by part.
@@ -73,7 +74,7 @@ def convert_in_stages(
         _, network = convert_network(network, part, calibrate, settings, fits=fits_of(place), resume=resume)
         if place != directory:
             network, result = train_network(
-                network, options, teacher, place, settings, resume=resume, workers=workers
+                network, options, teacher, place, settings, resume=resume, origin=origin, workers=workers
             )
             done = len(network.plan.methods()) - len(original.plan.methods())
             settings.say(f"{place.name}: {done} of {len(plan.methods())} sites, {result.accuracy}")

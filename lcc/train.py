@@ -86,6 +86,7 @@ def finetune(
     sites: Sequence[str] = (),
     checkpoint_dir: Path | None = None,
     resume: bool = False,
+    origin: str = "",
     device: str = "auto",
     workers: int | None = None,
     shown: bool | None = None,
@@ -94,8 +95,9 @@ def finetune(
     """Train `model` in place, and leave it in eval mode on the device where it was.
 
     `teacher_preprocessing` None: the model's. `sites` names the modules whose outputs `options.features`
-    compares. `resume` goes on from the newest checkpoint, or starts if there is none. `workers` changes only
-    the speed; `shown` None: a progress bar on a terminal; `say` takes notes.
+    compares. `resume` goes on from the newest checkpoint, or starts if there is none; `origin` says what the
+    weights at the start were made from, which has to be the same then. `workers` changes only the speed;
+    `shown` None: a progress bar on a terminal; `say` takes notes.
     Raises: TrainingError: the loss is not finite, no memory, a checkpoint that doesn't fit;
     InterruptedRunError: stopped by a signal, after a checkpoint; DataError; RecipeError.
     """
@@ -121,7 +123,7 @@ def finetune(
         evaluation = eval_batches(held_out, preprocessing, batch_size=2 * options.batch_size, workers=workers)
         if precision_on(target, options.precision) != options.precision:
             say("note: this CPU would emulate bf16, which is slow: training in float32 instead")
-        run = _Run(model, stream, evaluation, options, say, sites)
+        run = _Run(model, stream, evaluation, options, say, sites, origin)
         if expert is teacher:
             run.learn_from(teacher, teacher_preprocessing or preprocessing)
         if start is not None:
@@ -143,12 +145,14 @@ class _Run:
         options: Finetune,
         say: Callable[[str], None],
         sites: Sequence[str],
+        origin: str,
     ) -> None:
         self.device = device_of(model)
         self.stream = stream
         self.evaluation = evaluation
         self.options = options
         self.say = say
+        self.origin = origin
         self.steps_per_epoch = len(stream.split) // options.batch_size
         self.steps = options.epochs * self.steps_per_epoch
         classes = count_outputs(model, stream)
@@ -164,7 +168,7 @@ class _Run:
     def learn_from(self, teacher: nn.Module, own: Preprocessing) -> None:
         """Distil from `teacher`, and say how good it is on this data."""
         self.stepper.teacher = Teacher.make(teacher, own, self.stream.preprocessing, self.device)
-        self.teacher_hash = _hash_weights(teacher)
+        self.teacher_hash = hash_of_weights(teacher)
         split = self.evaluation.split
         chosen = np.random.default_rng(0).permutation(len(split))[:TEACHER_IMAGES]
         self.teacher = accuracy_on(
@@ -298,6 +302,7 @@ class _Run:
             "training data": self.stream.split.fingerprint,
             "preprocessing": _hash(text.encode()),
             "teacher": self.teacher_hash,
+            "start weights' origin": _hash(self.origin.encode()),
         }
 
     def _start_clock(self) -> None:
@@ -350,7 +355,8 @@ def _memory_errors(batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def _hash_weights(model: nn.Module) -> str:
+def hash_of_weights(model: nn.Module) -> str:
+    """Return a short hash of all parameters and buffers, by their names."""
     tensors = sorted(model.state_dict().items())
     return _hash(*(name.encode() + _bytes(tensor) for name, tensor in tensors))
 

@@ -30,10 +30,12 @@ def train_network(
     settings: Settings,
     *,
     resume: bool,
+    origin: str,
     workers: int | None,
 ) -> tuple[Network, TrainResult]:
     """Return a trained copy of a network, and what the training gave; checkpoints go beside `directory`.
 
+    `origin` says what the network's weights were made from, which has to be the same where `resume` goes on.
     Raises: what `lcc.train.finetune` raises.
     """
     if teacher is None and (options.distill > 0 or options.features > 0):
@@ -50,6 +52,7 @@ def train_network(
         sites=tuple(network.plan.methods()),
         checkpoint_dir=checkpoints_of(directory),
         resume=resume,
+        origin=origin,
         device=settings.device,
         workers=workers,
         say=settings.say,

@@ -15,6 +15,7 @@ from lcc.directory import checkpoints_of, fits_of
 from lcc.export import to_onnx
 from lcc.pipeline import decided, exported_lines, onnx_beside, open_first, saved
 from lcc.tables import report_sheets, to_markdown
+from lcc.train import hash_of_weights
 from lcc.tuning import train_network
 from lcc.written_files import check_file
 
@@ -53,18 +54,34 @@ def run(
     original = open_first(recipe.model, settings)
     teacher = None if recipe.finetune is None else _recipe_teacher(recipe, original, settings)
     rules = decided(original, recipe.decision, recipe.calibrate, settings)
+    origin = _origin(recipe, original, rules)
     rows.add(original)
     network = original
     sites: tuple[Site, ...] = ()
     if rules:
         sites, network = _converted(
-            original, rules, teacher, recipe, directory, settings, resume=resume, workers=workers
+            original,
+            rules,
+            teacher,
+            recipe,
+            directory,
+            settings,
+            resume=resume,
+            origin=origin,
+            workers=workers,
         )
         rows.add(network, sites)
     accuracy = None
     if recipe.finetune is not None:
         network, result = train_network(
-            network, recipe.finetune, teacher, directory, settings, resume=resume, workers=workers
+            network,
+            recipe.finetune,
+            teacher,
+            directory,
+            settings,
+            resume=resume,
+            origin=origin,
+            workers=workers,
         )
         network = network.but(name="fine-tuned")
         accuracy = None if recipe.eval else result.accuracy
@@ -89,6 +106,7 @@ def _converted(
     settings: Settings,
     *,
     resume: bool,
+    origin: str,
     workers: int | None,
 ) -> tuple[tuple[Site, ...], Network]:
     """Return the decided sites, and the network converted at once or, where a recipe says so, in stages."""
@@ -107,9 +125,17 @@ def _converted(
             directory,
             settings,
             resume=resume,
+            origin=origin,
             workers=workers,
         )
     return sites, network.but(name="converted")
+
+
+def _origin(recipe: Recipe, original: Network, rules: tuple[Rule, ...]) -> str:
+    """Return what the weights that are trained are made from: not them, since their last bits may differ."""
+    seen = None if recipe.calibrate is None else recipe.calibrate.model_dump_json(exclude={"data"})
+    decided = [rule.model_dump_json(exclude={"reason"}) for rule in rules]
+    return f"{hash_of_weights(original.loaded.model)} {decided} {seen} {recipe.progressive}"
 
 
 def _refuse_leftovers(recipe: Recipe, directory: Path) -> None:
@@ -173,6 +199,12 @@ def _evaluated_on(recipe: Recipe) -> Split | None:
         return data.open_eval(recipe.eval.data)
     tune = recipe.finetune
     return None if tune is None else data.open_eval(tune.data, val_split=tune.val_split, seed=tune.seed)
+
+
+def bench_options(recipe: Recipe) -> BenchOptions:
+    """Return how latency is measured at the end: as the planner measured it, where there was one."""
+    planned = recipe.budget
+    return BenchOptions() if planned is None else BenchOptions(batch=planned.batch, threads=planned.threads)
 
 
 def demo(directory: Path, settings: Settings) -> Report:

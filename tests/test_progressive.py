@@ -32,12 +32,12 @@ def data(tmp_path_factory):
     return idx_data(tmp_path_factory.mktemp("data"), train=48)
 
 
-def recipe_of(data, rules=EVERYWHERE, **options):
+def recipe_of(data, rules=EVERYWHERE, images=16, **options):
     return Recipe(
         lcc=1,
         model=PART,
         convert=rules,
-        calibrate=Calibrate(data=data, images=16),
+        calibrate=Calibrate(data=data, images=images),
         progressive=Progressive(**options),
         finetune=Finetune(data=data, epochs=2, batch_size=16, distill=0.0),
     )
@@ -150,6 +150,8 @@ def test_what_an_earlier_run_left_is_neither_lost_nor_taken_for_another(tmp_path
         run(data, place, stages=3)
     with pytest.raises(TrainingError, match="can't resume: the hash of the training data"):
         run(other, place, resume=True, stages=3)
+    with pytest.raises(TrainingError, match="can't resume: the hash of the start weights' origin"):
+        run(data, place, resume=True, stages=3, images=12)
     assert (tmp_path / "out.stage1.checkpoints").exists()
 
 
