@@ -208,17 +208,17 @@ def run(
     """Do all that a recipe says: load, convert, calibrate, fine-tune, evaluate, export, report."""
     from lcc import recipe_file as recipes
     from lcc import whole_run
-    from lcc.comparison import BenchOptions
 
     overrides = tuple(set_ or ())
+    wanted = recipes.load(recipe, overrides)
     report = whole_run.run(
-        recipes.load(recipe, overrides),
+        wanted,
         recipes.text_with(recipe, overrides),
         out or Path(recipe.stem),
         settings,
         resume=resume,
         workers=workers,
-        options=BenchOptions() if latency else None,
+        options=whole_run.bench_options(wanted) if latency else None,
     )
     print_report(report, form_of(as_json=as_json))
 
@@ -231,7 +231,7 @@ def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where the files go.")] = Path("lcc-demo"),
     as_json: AsJson = False,
 ) -> None:
-    """Do the whole job on bundled data: convert, fine-tune, report, export, check. Two minutes."""
+    """Do the whole job on bundled data: convert, fine-tune, report, export, check. One or two minutes."""
     from lcc import whole_run
 
     report = whole_run.demo(out, replace(settings, device="cpu", force=True))
