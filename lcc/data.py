@@ -2,7 +2,8 @@
 
 | text | what |
 |---|---|
-| imagefolder:DIR | DIR/train/CLASS/*.jpg and DIR/val/ or DIR/test/; or DIR/CLASS/*.jpg, which is every part |
+| imagefolder:DIR | DIR/train/CLASS/*.jpg and DIR/val/ or DIR/test/; or DIR/CLASS/*.jpg, which is every part;
+                     without labels DIR/train/*.jpg or DIR/*.jpg, too |
 | idx:DIR | MNIST's files (train-images-idx3-ubyte, t10k-..., also gzipped); grey becomes RGB |
 | cifar10:DIR, cifar100:DIR, stl10:DIR | the folders torchvision unpacks; nothing is downloaded |
 | hfds/NAME, torch/NAME:DIR, ... | what timm's `create_dataset` reads; hfds/ may use the network |
@@ -24,7 +25,7 @@ from lcc.errors import DataError, one_line
 from lcc.readers import Array, Files, Subset, TimmReader, read_idx
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
     from PIL import Image
@@ -136,8 +137,8 @@ def refuse_other_classes(train: Split, held_out: Split) -> None:
 
 
 def enough_images(text: str, count: int) -> Split:
-    """Return the training part. Raises: DataError: fewer than `count` images."""
-    split = open_split(text, "train")
+    """Return the training part, without need of labels. Raises: DataError: fewer than `count` images."""
+    split = _loose_images(text) or open_split(text, "train")
     if len(split) < count:
         raise DataError(f"{text}: has {len(split)} training images, {count} were asked for")
     return split
@@ -210,26 +211,46 @@ def _carve(text: str, val_split: float, seed: int) -> tuple[Split, Split]:
 
 
 def _imagefolder(text: str, root: Path, part: Part) -> Split:
-    folder = root / part
-    if not folder.is_dir():
-        if any((root / name).is_dir() for name in ("train", "val", "test")):
-            raise _NoSuchPartError(f"{text}: has no folder {part}/")
-        folder = root
+    folder = _folder_of(text, root, part)
     class_names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir()))
     if not class_names:
         raise DataError(f"{text}: {folder} has no folders; put each class's images in one of its own")
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(class_names):
-        found = sorted(
-            str(path) for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES
-        )
+        found = _images_among((folder / name).rglob("*"))
         if not found:
             raise DataError(f"{text}: class folder {folder / name} has no images; remove it or fill it")
         paths += found
         labels += [label] * len(found)
     numbers = np.array(labels, dtype=np.int64)
     return Split(text, part, Files(tuple(paths), numbers), numbers, class_names)
+
+
+def _folder_of(text: str, root: Path, part: Part) -> Path:
+    folder = root / part
+    if folder.is_dir():
+        return folder
+    if any((root / name).is_dir() for name in ("train", "val", "test")):
+        raise _NoSuchPartError(f"{text}: has no folder {part}/")
+    return root
+
+
+def _images_among(paths: Iterable[Path]) -> list[str]:
+    return sorted(str(path) for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _loose_images(text: str) -> Split | None:
+    """Return the training images of an imagefolder without class folders; None: it is none of these."""
+    scheme, _, rest = text.partition(":")
+    root = Path(rest).expanduser()
+    if scheme != "imagefolder" or not root.is_dir():
+        return None
+    entries = list(_folder_of(text, root, "train").iterdir())
+    found = _images_among(entries)
+    if not found or any(entry.is_dir() for entry in entries):
+        return None
+    return Split(text, "train", Files(tuple(found), np.zeros(len(found), dtype=np.int64)), None)
 
 
 _IDX_PARTS: dict[Part, str] = {"train": "train", "val": "val", "test": "(?:t10k|test)"}

@@ -107,7 +107,7 @@ def _found(
 
         for part in _parts(options):
             with models.seeded(calibration.seed):
-                found = damages(model, by_name, part, images, on_done=told)
+                found = damages(model, by_name, part, images, seed=calibration.seed, on_done=told)
             new = [
                 Harm(method=method, sites=names, **harm._asdict())
                 for (method, names), harm in zip(part, found.entries, strict=True)
@@ -133,7 +133,6 @@ def _conditions(network: Network, sites: tuple[Site, ...], calibration: Calibrat
         "preprocessing": loaded.preprocessing.model_dump(mode="json"),
         "data": calibration.model_dump(mode="json"),
         "place": str(Path(place).expanduser().resolve()),
-        "images": data.open_train(calibration.data).fingerprint,
+        "images": data.enough_images(calibration.data, calibration.images).fingerprint,
         "lcc": __version__,
-        "moments": "of all images",  # in entries without this, of some at a time
     }

@@ -51,7 +51,7 @@ def image_folder(folder: Path, parts: dict[str, dict[str, int]], side: int = 8) 
     generator = np.random.default_rng(0)
     for part, classes in parts.items():
         for name, count in classes.items():
-            (folder / part / name).mkdir(parents=True)
+            (folder / part / name).mkdir(parents=True, exist_ok=True)
             for index in range(count):
                 pixels = generator.integers(0, 256, (side, side, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / part / name / f"{index}.png")

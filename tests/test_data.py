@@ -38,6 +38,17 @@ def test_a_folder_of_classes_alone_is_every_part(tmp_path):
     assert len(data.open_split(text, "train")) == len(data.open_eval(text)) == 3
 
 
+@pytest.mark.parametrize("folder", ["", "train"])
+def test_images_without_labels_may_lie_loose(tmp_path, folder):
+    text = image_folder(tmp_path, {folder: {"": 3}})
+    assert len(data.enough_images(text, 3)) == 3
+    assert data.images(text, Form(), 2).shape == (2, 3, *Form().image_size)
+    with pytest.raises(DataError, match="has 3 training images, 4 were asked for"):
+        data.enough_images(text, 4)
+    with pytest.raises(DataError, match="has no folders"):
+        data.open_train(text)
+
+
 def test_grey_idx_images_become_rgb_with_their_labels(tmp_path):
     images = np.arange(2 * 4 * 5).reshape(2, 4, 5)
     write_idx(tmp_path / "t10k-images-idx3-ubyte", images)
