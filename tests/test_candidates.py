@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 from cases import BLOCKS, CASES, STEPS, conv
@@ -11,6 +12,7 @@ from hosts import TinyResNet, photos, seeded
 from lcc.budget import Option
 from lcc.candidates import BYTES, options_for, worthwhile
 from lcc.counts import count_macs, count_params
+from lcc.method_text import method_from_text
 from lcc.methods import METHODS, parse_method
 from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
@@ -72,6 +74,20 @@ def test_the_levels_of_multigrid_are_varied_too():
     tried = {(member.group_size, len(member.conv_levels(conv))) for member in Mgic.family(conv)}
     assert len({levels for _, levels in tried}) > 1
     assert len({size for size, _ in tried}) > 1
+
+
+@pytest.mark.parametrize("channels", [48, 128, 256, 512])
+def test_options_get_cheaper_in_steps_of_at_most_two_and_a_half_however_wide_a_convolution_is(channels):
+    spec, size = conv(channels, padding=(1, 1)), Size(height=8, width=8)
+    able = [member for member in LinearMix.family(spec) if member.why_not(spec) is None]
+    costs = sorted({spec.cost(size).macs, *(member.cost(spec, size).macs for member in able)})
+    assert all(after / before < 2.5 for before, after in pairwise(costs) if after < spec.cost(size).macs)
+    assert costs[-1] / costs[costs.index(spec.cost(size).macs) - 1] < 2.5
+
+
+def test_multigrid_convolutions_of_a_family_may_change_channels():
+    spec = conv(128, padding=(1, 1), out=256, stride=(2, 2))
+    assert any(member.why_not(spec) is None for member in Mgic.family(spec))
 
 
 def test_an_option_for_a_convolution_settles_it_and_one_for_a_step_what_is_inside():
@@ -208,6 +224,7 @@ def test_every_member_of_a_family_is_a_valid_method(name):
             assert len(set(members)) == len(members) > 0
             for member in members:
                 assert parse_method(member.model_dump(mode="json")) == member
+                assert method_from_text(str(member)) == member
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -38,8 +38,9 @@ class LinearMix(Method):
     @classmethod
     def family(cls, spec: ConvSpec) -> tuple[Self, ...]:
         """Return the configurations that a planner tries: what lies between them is hardly better."""
+        powers = range(max(1, (spec.in_channels - 1).bit_length()))  # a group of all channels would be dense
         sizes: dict[Stencil, tuple[int, ...]] = {
-            "square": (1, 2, 4, 8, 16, 32, 64),
+            "square": tuple(2**power for power in powers),
             "cross": (4, 16),
             "horizontal": (8, 32),
             "vertical": (8, 32),

@@ -63,9 +63,11 @@ class Mgic(Method):
     @classmethod
     def family(cls, spec: Spec) -> tuple[Self, ...]:
         """Return the configurations that a planner tries."""
-        changes = not isinstance(spec, ConvSpec) and spec.is_transition
+        is_conv = isinstance(spec, ConvSpec)
+        changes = is_conv and spec.in_channels != spec.out_channels
+        passes = not is_conv and spec.is_transition
         return tuple(
-            cls(group_size=size, coarsest=coarsest, transitions=changes)
+            cls(group_size=size, coarsest=coarsest, change_channels=changes, transitions=passes)
             for size, coarsest in product((8, 16, 32), (16, 64))
         )
 
