@@ -47,10 +47,11 @@ UNITS: dict[Quantity, Unit] = {
     "size": Unit("of weights", {"kB": 1e3, "MB": 1e6, "GB": 1e9}, "size=5MB"),
     "latency": Unit("a run", {"us": 1e-3, "ms": 1.0, "s": 1e3}, "latency=8ms"),
 }
-AMOUNT = re.compile(r"(?P<minus>-?)(?P<number>\d+(?:\.\d+)?)(?P<unit>%|[a-zA-Z]*)")
+AMOUNT = re.compile(r"(?P<minus>-?)(?P<number>\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*(?P<unit>%|[a-zA-Z]*)")
 GAP = 1e-6  # of the least error: where the search stops
 SECONDS = 20.0  # or after that long
 EXACT = 1e-9  # relative, of a cost that is just a limit
+TRIES = 100  # choices over a limit by HiGHS's tolerance, before there is said to be none
 
 
 class Option(Frozen):
@@ -75,22 +76,18 @@ class Option(Frozen):
 
 
 class Target(Frozen):
-    """What a network may cost at most: `share` of what it costs now, or `limit`."""
+    """What a network may cost at most: `share` of what it costs now, or `limit`; `text`: as it was said."""
 
     quantity: Quantity
     share: float | None = None
     limit: float | None = None
+    text: str = ""
 
     def of(self, now: Mapping[Quantity, float]) -> float:
         """Return the limit for a network that costs `now`."""
         if self.share is not None:
             return self.share * now[self.quantity]
         return self.limit or 0.0
-
-    def __str__(self) -> str:
-        if self.share is not None:
-            return f"{self.quantity}={self.share:.4g} of now"
-        return f"at most {amount(self.quantity, self.limit or 0.0)}"
 
 
 class Budgeted(NamedTuple):
@@ -118,25 +115,28 @@ def amount(quantity: Quantity, value: float) -> str:
 def parse_target(text: str) -> Target:
     """Return what `macs=50%` (what remains), `latency=-40%` (the change) or `size=5MB` (an amount) means.
 
-    Raises: RecipeError: it is none of these, or no budget.
+    Counts from 1000 on need no unit. Raises: RecipeError: it is none of these, or no budget.
     """
-    name, _, wanted = text.partition("=")
+    name, _, wanted = (part.strip() for part in text.partition("="))
     quantity = next((known for known in UNITS if known == name), None)
     if quantity is None:
-        raise RecipeError(f"target {text}: {name!r} is none of {', '.join(UNITS)}; try macs=50%")
+        raise RecipeError(f"{text}: {name!r} is none of {', '.join(UNITS)}; try macs=50%")
     match, unit = AMOUNT.fullmatch(wanted), UNITS[quantity]
-    if match is None or (match["unit"] != "%" and (match["minus"] or match["unit"] not in unit.factors)):
+    number = 0.0 if match is None else float(match["number"])
+    factors = {known.lower(): factor for known, factor in unit.factors.items()}
+    if unit.factors is COUNTS and number >= COUNTS["k"]:  # less may be meant as a share
+        factors[""] = 1.0
+    if match is None or (match["unit"] != "%" and (match["minus"] or match["unit"].lower() not in factors)):
         raise RecipeError(
-            f"target {text}: {wanted!r} is no amount of it; {name}=50% is what remains, {name}=-50% the "
-            f"change, {unit.example} an amount ({', '.join(unit.factors)})"
+            f"{text}: write {name}=50% to keep half, {name}=-40% to cut 40 %, or an amount such as "
+            f"{unit.example} (units: {', '.join(unit.factors)})"
         )
-    number = float(match["number"])
     if match["unit"] != "%":
-        return Target(quantity=quantity, limit=number * unit.factors[match["unit"]])
+        return Target(quantity=quantity, limit=number * factors[match["unit"].lower()], text=text)
     share = (100 - number if match["minus"] else number) / 100
     if not 0 < share < 1:
-        raise RecipeError(f"target {text}: {share:.0%} of what it costs now is no budget; try {name}=50%")
-    return Target(quantity=quantity, share=share)
+        raise RecipeError(f"{text}: {share:.0%} of what it costs now is no budget; try {name}=50%")
+    return Target(quantity=quantity, share=share, text=text)
 
 
 def meet(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> Budgeted:
@@ -148,7 +148,7 @@ def meet(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> Bu
     found = _least_harm(options, now, _limits(targets, now))
     if found is None:
         raise RecipeError(
-            "no plan was found that keeps the targets, though there is one; ask for a little less"
+            "the targets can be met, but no plan that meets them was found in time; relax one a little"
         )
     return found
 
@@ -166,7 +166,7 @@ def check(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> N
                 f"{_by(least.taken)}; the target is {limit / total:.1%}"
             )
     if targets and _search(options, now, _limits(targets, now), least=targets[0].quantity) is None:
-        every = " and ".join(map(str, targets))
+        every = " and ".join(target.text for target in targets)
         raise RecipeError(f"satisfiable: no; each target alone is, but not {every} at once")
 
 
@@ -264,7 +264,8 @@ def _search(
     """Return the choice with the least harm, error or cost, within limits; None: there is none.
 
     HiGHS's tolerances are absolute, of what is counted here in units of the largest that an option has: so it
-    can be asked again with the options that have no more than all of what was found.
+    can be asked again with the options that have no more than all of what was found. What it finds over a
+    limit, by a tolerance, is forbidden and searched anew.
     """
     if most_harm is not None:
         options = [option for option in options if option.harm <= most_harm]
@@ -286,22 +287,28 @@ def _search(
         objective = errors / (errors.max() or 1.0)
     else:
         objective = -_saved(options, least) / now[least]
-    with silent_stdout():
-        result = milp(
-            objective,
-            integrality=np.ones(len(options)),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
-        )
-    if result.x is None:
-        return None
-    taken = tuple(option for option, x in zip(options, result.x, strict=True) if x > 0.5)  # 0 or 1
-    costs: Costs = {
-        quantity: total - sum(option.saved[quantity] for option in taken) for quantity, total in now.items()
-    }
-    error, harm = sum(option.error for option in taken), sum(option.harm for option in taken)
-    return Budgeted(taken, costs, error, harm, float(result.mip_gap or 0.0))
+    for _ in range(TRIES):
+        with silent_stdout():
+            result = milp(
+                objective,
+                integrality=np.ones(len(options)),
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+            )
+        if result.x is None:
+            return None
+        chosen = result.x > 0.5  # 0 or 1
+        taken = tuple(option for option, is_in in zip(options, chosen, strict=True) if is_in)
+        costs: Costs = {
+            quantity: total - sum(option.saved[quantity] for option in taken)
+            for quantity, total in now.items()
+        }
+        if all(costs[quantity] <= limit * (1 + EXACT) for quantity, limit in limits):
+            error, harm = sum(option.error for option in taken), sum(option.harm for option in taken)
+            return Budgeted(taken, costs, error, harm, float(result.mip_gap or 0.0))
+        constraints.append(LinearConstraint(np.where(chosen, 1, -1)[None], -np.inf, chosen.sum() - 1))
+    return None
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def plan_within(
         found, drop = _chosen(tables, targets, settings), None
     else:
         before = measured_accuracy(original, judges, settings)
-        lost = partial(_points_lost, original, before, calibration, judges, settings)
+        lost = partial(_points_lost, original, before, tables.now, calibration, judges, settings)
         found, drop = _within_drop(tables, budget.minimise, budget.max_drop, lost)
     kept = Rule(match=("*",), reason=f"left as it is by the plan for {' and '.join(budget.wanted)}")
     report = _report(original, budget, targets, found, tables)
@@ -196,6 +196,7 @@ def _within_drop(
 def _points_lost(
     original: Network,
     before: Accuracy,
+    now: Costs,
     calibration: Calibrate,
     judges: Split,
     settings: Settings,
@@ -206,7 +207,10 @@ def _points_lost(
     with tempfile.TemporaryDirectory() as folder:
         _, converted = convert_network(original, rules_of(found.taken), calibration, quiet, fits=Path(folder))
     after = measured_accuracy(converted, judges, settings)
-    settings.say(f"{len(found.taken)} options taken: {before} becomes {after}")
+    costs = ", ".join(
+        f"{cost / now[quantity]:.1%} of the {quantity}" for quantity, cost in found.costs.items()
+    )
+    settings.say(f"tried {costs}: {before} becomes {after}")
     return before.top1 - after.top1
 
 
@@ -218,6 +222,7 @@ def _report(
     original: Network, budget: Budget, targets: Sequence[Target], found: Budgeted, tables: Tables
 ) -> PlanReport:
     options, now, clock = tables.in_company(), tables.now, tables.clock
+    saved = {(option.method, option.sites): option.saved for option in options}
     by_error = [option.model_copy(update={"penalty": None}) for option in options]
     # What is shortest decides what the frontier is about.
     tight = max(targets, key=lambda t: found.costs[t.quantity] / max(t.of(now), 1e-9), default=None)
@@ -237,7 +242,8 @@ def _report(
         keep=budget.keep,
         gap=found.gap,
         parts=tuple(
-            sorted((_part(option, tables) for option in found.taken), key=lambda p: order[p.sites[0]])
+            _part(option.model_copy(update={"saved": saved[option.method, option.sites]}), tables)
+            for option in sorted(found.taken, key=lambda option: order[option.sites[0]])
         ),
         frontier=tuple(
             Point(costs=point.costs, error=point.error) for point in frontier(by_error, now, first, others)

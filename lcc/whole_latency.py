@@ -165,13 +165,11 @@ class Clock:
         ]
 
     def _saved_ms(self, option: Option) -> float | None:
-        if option.saved["macs"] == 0:  # a shared kernel: the same layers run
-            return 0.0
-        timed = [self._table[place] for place in self._places(option.sites)]
+        timed = [self._table[place] for place in self._places(option.sites)] if option.saved["macs"] else ()
         if not all(option.method in rivals and None in rivals for rivals in timed):
             return None
         alone = self.alone(option)
-        return None if alone is None else alone.before_ms - alone.after_ms
+        return alone.before_ms - alone.after_ms if alone else 0.0  # a shared kernel: the same layers run
 
     def _whole(self, rules: tuple[Rule, ...]) -> Whole:
         if rules not in self._known:

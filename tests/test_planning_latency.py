@@ -182,6 +182,8 @@ def test_of_several_networks_that_were_timed_the_chosen_one_comes_last(data, mac
     assert len(report.compared) >= 3
     assert report.compared[-1].measured_ms == report.then["latency"]
     assert report.then["latency"] <= 8.7 * 1.02
+    saved = sum(part.saved["latency"] for part in report.parts)
+    assert saved == pytest.approx(report.now["latency"] - report.then["latency"])
     assert rules[:-1] in machine.timed
 
 
