@@ -60,7 +60,7 @@ def deciding(
         typer.Option(
             metavar="WHAT=AMOUNT",
             help="Let a planner decide: params, macs, size or latency; 50% is what remains, -40% the change, "
-            "5MB an amount; repeatable. Needs --calibrate.",
+            "5MB an amount; repeatable. Needs --calibrate; --dry-run explains the choice.",
         ),
     ] = None,
     max_drop: Annotated[
@@ -68,8 +68,8 @@ def deciding(
         typer.Option(
             "--max-drop",
             min=0,
-            help="Instead of a target: the cheapest plan that loses at most so many points of top-1 on "
-            "--data right after conversion.",
+            help="Instead of a target: the cheapest plan found in a few trials that loses at most so many "
+            "points of top-1 on --data right after conversion, before any training.",
         ),
     ] = None,
     minimise: Annotated[
@@ -79,8 +79,8 @@ def deciding(
     keep: Annotated[
         Literal["outputs", "capacity"] | None,
         typer.Option(
-            help="With --target: the least error right after conversion, or the most parameters, which "
-            "fine-tuning needs; default: outputs."
+            help="With a planner: change the outputs least right after conversion, or keep the most "
+            "parameters, which a network needs that is fine-tuned afterwards; default: outputs."
         ),
     ] = None,
     data: Annotated[
@@ -88,14 +88,12 @@ def deciding(
     ] = None,
     runtime: Annotated[
         Literal["onnx", "torch"] | None,
-        typer.Option(help="With --target latency: where it is measured; default: onnx."),
+        typer.Option(help="For latency: where it is measured; default: onnx."),
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="With --target latency: images per run; default: 1.")
-    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="For latency: images per run; default: 1.")] = None,
     bench_threads: Annotated[
         int | None,
-        typer.Option("--bench-threads", min=1, help="With --target latency: CPU threads; default: 1."),
+        typer.Option("--bench-threads", min=1, help="For latency: CPU threads; default: 1."),
     ] = None,
 ) -> "tuple[Rule, ...] | Budget":
     """Return the rules, or the budget within which a planner makes them."""
@@ -153,7 +151,7 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and convert nothing.")] = False,
     save_plan: Annotated[
         Path | None,
-        typer.Option("--save-plan", metavar="FILE", help="With --target: write the plan, to be edited."),
+        typer.Option("--save-plan", metavar="FILE", help="With a planner: write the plan, to be edited."),
     ] = None,
     check_errors: Annotated[
         bool,
@@ -175,7 +173,7 @@ def convert(
         count = {} if images is None else {"images": images}
         calibration = checked(Calibrate, data=calibrate, seed=part.seed, **count)
     elif images is not None:
-        raise RecipeError("--images says how many of --calibrate DATA are looked at; give it that, too")
+        raise RecipeError("--images says how many of --calibrate DATA to look at; give --calibrate, too")
     if out is None and not dry_run:
         raise RecipeError("say where to put the result: -o DIR (or --dry-run to write nothing)")
     if isinstance(decision, tuple) and save_plan is not None:
@@ -183,7 +181,9 @@ def convert(
     if check_errors and (isinstance(decision, tuple) or not dry_run):
         raise RecipeError("--check-errors goes with --dry-run and a --target or a --max-drop")
     if not isinstance(decision, tuple) and calibration is None:
-        raise RecipeError("a planner needs --calibrate DATA: only images show what harms least; no labels")
+        raise RecipeError(
+            "a planner needs --calibrate DATA: images show what harms least; labels are not used"
+        )
     if out is not None and not dry_run:
         report = pipeline.convert(
             part, out, decision, settings, calibration=calibration, resume=resume, save_plan=save_plan

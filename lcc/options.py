@@ -44,7 +44,7 @@ MethodOption = Annotated[
     str,
     typer.Option("--method", help="A method, with hyperparameters after a colon: linear_mix:group_size=8."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where it was stopped.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that load images.")]
 
 

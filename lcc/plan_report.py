@@ -203,13 +203,13 @@ def _notes(report: PlanReport) -> Iterator[str]:
         aim = "whatever is cheapest"
     else:
         least = "the least possible" if report.gap < CERTAIN else f"at most {report.gap:.1g} above the least"
-        aim = {"outputs": least, "capacity": f"parameters kept first: {least} in that"}[report.keep]
-    yield f"predicted error {report.error:.3g} nats (divergence of the outputs), {aim}; other sites stay"
+        aim = {"outputs": least, "capacity": f"parameters kept first, {least} loss of them"}[report.keep]
+    yield f"predicted error {report.error:.3g} nats (divergence of the outputs), {aim}; the rest stays dense"
     if report.drop is not None:
         yield f"{report.drop:+.2f} points lost right after conversion, before fine-tuning"
     yield from _over(report)
     for number, found in enumerate(report.compared, 1):
-        name = "the chosen network" if number == len(report.compared) else "a network to learn from"
+        name = "the chosen network" if number == len(report.compared) else "a network timed on the way"
         off = found.predicted_ms / found.measured_ms - 1
         yield (
             f"{name}: {ms(found.measured_ms)} ms measured, {ms(found.predicted_ms)} predicted ({off:+.1%}), "

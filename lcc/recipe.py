@@ -100,8 +100,8 @@ class Budget(Frozen):
 
     `targets`, all at once: "macs=50%" is what remains, "latency=-40%" the change, "size=5MB" an amount. Or
     `max_drop`: as little of `minimise` as loses at most so many points of top-1 on `data` before fine-tuning.
-    `keep`: "outputs" has the least error right after conversion, "capacity" the most parameters, which
-    fine-tuning needs; errors then decide between equals. `methods` to choose from, as on the command line:
+    `keep`: "outputs" has the least error right after conversion, "capacity" the most parameters, for networks
+    that are fine-tuned; errors then decide between equals. `methods` to choose from, as on the command line:
     "linear_mix" is its family, "linear_mix:group_size=8" itself; none: every method that is fitted in closed
     form. `include` and `exclude` are globs over sites. Latency is measured in `runtime`, with so many CPU
     `threads` and images (`batch`).
@@ -129,8 +129,10 @@ class Budget(Frozen):
     def _one_aim(self) -> Budget:
         if bool(self.targets) == (self.max_drop is not None):
             raise ValueError("targets: give either targets or max_drop")
-        if (self.max_drop is None) != (self.data is None):
-            raise ValueError("data: max_drop is measured on labelled data; give both or none")
+        if self.max_drop is not None and self.data is None:
+            raise ValueError("max_drop: needs data, the labelled images on which the drop is measured")
+        if self.max_drop is None and self.data is not None:
+            raise ValueError("data: goes with max_drop, which is measured there; targets need no labels")
         if self.targets and "minimise" in self.model_fields_set:
             raise ValueError("minimise: goes with max_drop; targets say what is to be small")
         timed = self.minimise == "latency" or any(text.startswith("latency=") for text in self.targets)
@@ -225,7 +227,9 @@ class Recipe(Frozen):
         if self.budget is not None and self.calibrate is None:
             raise ValueError("[budget] needs [calibrate]: only images show what harms least")
         if self.calibrate is not None and not self.convert and self.budget is None:
-            raise ValueError("[calibrate] has nothing to do without [[convert]]; add one or take it out")
+            raise ValueError(
+                "[calibrate] has nothing to do without [[convert]] or [budget]; add one or take it out"
+            )
         if self.progressive is not None and (self.finetune is None or not (self.convert or self.budget)):
             raise ValueError("[progressive] needs something to convert, and [finetune] to train in between")
         named = () if self.budget is None else map(method_from_text, self.budget.methods)
