@@ -19,7 +19,7 @@ from pydantic import Field
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from lcc.errors import RecipeError
+from lcc.errors import InfeasibleError, RecipeError
 from lcc.methods import AnyMethod
 from lcc.specs import Frozen
 
@@ -142,32 +142,32 @@ def parse_target(text: str) -> Target:
 def meet(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> Budgeted:
     """Return the options with the least summed harm that bring what costs `now` within every target.
 
-    Raises: RecipeError: none do; with the least that can be reached, and how.
+    Raises: InfeasibleError: none do; with the least that can be reached, and how.
     """
     check(options, now, targets)
     found = _least_harm(options, now, _limits(targets, now))
     if found is None:
-        raise RecipeError(
+        raise InfeasibleError(
             "the targets can be met, but no plan that meets them was found in time; relax one a little"
         )
     return found
 
 
 def check(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> None:
-    """Raise RecipeError if the targets can't be reached by any choice; harm plays no part."""
+    """Raise InfeasibleError if the targets can't be reached by any choice; harm plays no part."""
     for target in targets:
         quantity, limit = target.quantity, target.of(now)
         least = floor(options, now, quantity)
         if least.costs[quantity] > limit * (1 + EXACT):
             total, lowest = now[quantity], least.costs[quantity]
             reached = f"{amount(quantity, lowest)} of {amount(quantity, total)}"
-            raise RecipeError(
+            raise InfeasibleError(
                 f"satisfiable: no; the floor is {lowest / total:.1%} of the {quantity} ({reached}), "
                 f"{_by(least.taken)}; the target is {limit / total:.1%}"
             )
     if targets and _search(options, now, _limits(targets, now), least=targets[0].quantity) is None:
         every = " and ".join(target.text for target in targets)
-        raise RecipeError(f"satisfiable: no; each target alone is, but not {every} at once")
+        raise InfeasibleError(f"satisfiable: no; each target alone is, but not {every} at once")
 
 
 def floor(

@@ -34,6 +34,10 @@ class RecipeError(LccError):
     """A recipe, rule or option that can't be followed."""
 
 
+class InfeasibleError(RecipeError):
+    """No network within the budget can be had."""
+
+
 class NothingToConvertError(LccError):
     """No site that the plan could convert."""
 

@@ -16,7 +16,7 @@ from lcc.budget import amount, check, floor
 from lcc.candidates import obstacles, options_for, worthwhile
 from lcc.counts import count_macs, count_params
 from lcc.error_table import with_errors
-from lcc.errors import NothingToConvertError, RecipeError
+from lcc.errors import InfeasibleError, NothingToConvertError
 from lcc.latency_table import Timing
 from lcc.method_text import method_from_text
 from lcc.methods import METHODS
@@ -60,20 +60,36 @@ def tables_for(
 ) -> Tables:
     """Find out what there is to choose from.
 
-    Raises: RecipeError: a target can't be kept, with the least that can be reached. NothingToConvertError:
-    all are kept already. SourceError: no classifier. DataError: the images. ArtifactError: the cache.
-    CheckFailedError: latency in ONNX Runtime, and no ONNX file can be made.
+    Raises: InfeasibleError: a target can't be kept, with the least that can be reached. RecipeError: the
+    methods, globs or device. NothingToConvertError: all targets are kept already. SourceError: no classifier.
+    DataError: the images. ArtifactError: the cache. CheckFailedError: latency in ONNX Runtime, and no ONNX
+    file can be made.
     """
+    sites = sites_of(original)
+    try:
+        return _tables_of(sites, original, budget, targets, calibration, settings)
+    except InfeasibleError as error:
+        raise InfeasibleError(f"{error}{_not_tried(sites, budget)}") from error
+
+
+def _tables_of(
+    sites: tuple[Site, ...],
+    original: Network,
+    budget: Budget,
+    targets: tuple[Target, ...],
+    calibration: Calibrate,
+    settings: Settings,
+) -> Tables:
     quantities = [target.quantity for target in targets] or [budget.minimise]
     counted = [target for target in targets if target.quantity != "latency"]
-    sites, now, clock = sites_of(original), _costs(original), None
+    now, clock = _costs(original), None
     methods = _methods(budget)
     refuse_idle_patterns(sites, tuple(Rule(match=globs) for globs in (budget.include, budget.exclude)))
     options = options_for(sites, methods, include=budget.include, exclude=budget.exclude)
     met = {target.quantity for target in counted if now[target.quantity] <= target.of(now)}
     for quantity in quantities:
         if quantity not in met and not worthwhile(options, ["macs" if quantity == "latency" else quantity]):
-            raise RecipeError(
+            raise InfeasibleError(
                 f"satisfiable: no; the floor is 100% of the {quantity}: "
                 f"{obstacles(sites, methods, include=budget.include, exclude=budget.exclude)}"
             )
@@ -89,7 +105,7 @@ def tables_for(
         now = {**now, "latency": clock.now_ms}
         check(clock.scaled(options), now, targets)
         if not targets and floor(clock.scaled(options), now, "latency").costs["latency"] >= clock.now_ms:
-            raise RecipeError(
+            raise InfeasibleError(
                 "satisfiable: no; the floor is 100% of the latency: nothing that would save MACs was faster"
             )
     if targets and all(now[target.quantity] <= target.of(now) for target in targets):
@@ -99,6 +115,19 @@ def tables_for(
     errors = with_errors(original, sites, options, calibration, settings)
     found = errors.options if budget.keep == "outputs" else _by_capacity(errors.options, now)
     return Tables(sites, now, found, errors, clock)
+
+
+def _not_tried(sites: tuple[Site, ...], budget: Budget) -> str:
+    """Return in words which methods that are fitted by training, and so left out, would save MACs."""
+    globs = {"include": budget.include, "exclude": budget.exclude}
+    slow = [] if budget.methods else [kind for kind in METHODS.values() if kind.fits_slowly]
+    able = [
+        kind.model_fields["name"].default
+        for kind in slow
+        if worthwhile(options_for(sites, [kind], **globs), ["macs"])
+    ]
+    named = " ".join(f"--method {name}" for name in ("linear_mix", *able))
+    return f"; not tried, since fitted by training: {', '.join(able)}; add {named}" if able else ""
 
 
 def _by_capacity(options: Sequence[Option], now: Costs) -> list[Option]:

@@ -15,7 +15,7 @@ from lcc.candidates import rules_of
 from lcc.comparison import measured_accuracy
 from lcc.conversion import convert_network
 from lcc.error_check import checked_errors, refuse_few_images
-from lcc.errors import RecipeError
+from lcc.errors import InfeasibleError, RecipeError
 from lcc.evaluation import count_outputs
 from lcc.plan import Rule
 from lcc.plan_report import Compared, Part, PlanReport, Point, changes
@@ -57,9 +57,10 @@ def plan_within(
     """Return the plan with the least predicted harm that keeps a network within a budget.
 
     `check_errors`: take every option alone, and say how the errors rank beside those predicted.
-    Raises: RecipeError: it can't be kept, with the least that can be reached. NothingToConvertError: it is
-    kept already. SourceError: no classifier. DataError: the images. ArtifactError: the cache.
-    CheckFailedError: latency in ONNX Runtime, and no ONNX file can be made.
+    Raises: InfeasibleError: it can't be kept, with the least that can be reached. NothingToConvertError:
+    it is kept already. SourceError: no classifier. DataError: the images. ArtifactError: the cache.
+    RecipeError: methods, globs or device. CheckFailedError: latency in ONNX Runtime, and no ONNX file can
+    be made.
     """
     if check_errors:
         refuse_few_images(calibration)
@@ -85,7 +86,7 @@ def plan_within(
 def _chosen(tables: Tables, targets: Sequence[Target], settings: Settings) -> Budgeted:
     """Return the choice; where latency is known, one that was measured, and made anew where it is off.
 
-    Raises: RecipeError: no choice does; or those measured turned out too slow.
+    Raises: InfeasibleError: no choice does; or those measured turned out too slow.
     """
     clock, now = tables.clock, tables.now
     if clock is None:
@@ -94,7 +95,7 @@ def _chosen(tables: Tables, targets: Sequence[Target], settings: Settings) -> Bu
     for _ in range(ROUNDS):
         try:
             found = meet(clock.scaled(tables.options), now, targets)
-        except RecipeError:  # by what was measured since; one of the trials may do
+        except InfeasibleError:  # by what was measured since; one of the trials may do
             if not trials:
                 raise
             break
@@ -110,7 +111,7 @@ def _chosen(tables: Tables, targets: Sequence[Target], settings: Settings) -> Bu
     best = min(fitting, key=lambda trial: trial.choice.harm)
     if not _keeps(best.choice, now, targets):
         reached = amount("latency", best.choice.costs["latency"])
-        raise RecipeError(
+        raise InfeasibleError(
             f"satisfiable: no; the fastest network found takes {reached}, measured, of "
             f"{amount('latency', now['latency'])}, which misses the target"
         )
@@ -155,7 +156,7 @@ def _within_drop(
     """Return the cheapest choice that loses at most so many points right after conversion, and what it loses.
 
     Tries the floor, then halves the range above it; every choice is converted and evaluated once.
-    Raises: RecipeError: no choice loses so little.
+    Raises: InfeasibleError: no choice loses so little.
     """
     options, now = tables.in_company(), tables.now
     tried: dict[tuple[Rule, ...], tuple[Budgeted, float]] = {}
@@ -181,7 +182,7 @@ def _within_drop(
     if not fitting:
         nearest, drop = min(tried.values(), key=lambda one: (one[1], -one[0].costs[quantity]))
         share = nearest.costs[quantity] / now[quantity]
-        raise RecipeError(
+        raise InfeasibleError(
             f"satisfiable: no; {share:.1%} of the {quantity} loses {drop:.2f} points already, before "
             f"fine-tuning, more than {most:g}; allow more, or give a --target and fine-tune"
         )

@@ -21,7 +21,7 @@ from lcc import evaluation, plan_tables, planning
 from lcc import recipe_file as recipes
 from lcc.batches import eval_batches
 from lcc.budget import parse_target
-from lcc.errors import DataError, NothingToConvertError, RecipeError
+from lcc.errors import DataError, InfeasibleError, NothingToConvertError, RecipeError
 from lcc.methods import METHODS
 from lcc.network import sites_of
 from lcc.plan import make_plan
@@ -117,6 +117,20 @@ def test_what_may_be_lost_is_not_asked_of_random_weights(data):
         random = network().but(loaded=replace(loaded, source=source))
         with pytest.raises(RecipeError, match="--max-drop needs a trained network"):
             planned(data, max_drop=1, data=data, original=random)
+
+
+def test_a_refusal_names_what_was_not_tried_and_would_save_some(data):
+    words = (
+        r"; not tried, since fitted by training: rd_explicit, .*add --method linear_mix --method rd_explicit"
+    )
+    with pytest.raises(InfeasibleError, match=words):
+        planned(data, "macs=1%")
+    with pytest.raises(InfeasibleError) as refusal:
+        planned(data, "macs=1%", methods=("linear_mix",))
+    assert "not tried" not in str(refusal.value)
+    with pytest.raises(InfeasibleError) as refusal:
+        planned(data, "macs=1%", include=("down",))
+    assert "not tried" not in str(refusal.value)
 
 
 def test_that_nothing_can_be_saved_is_said_of_the_sites_that_are_left(data):

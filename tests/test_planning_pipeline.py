@@ -13,8 +13,9 @@ from planning_setting import (
 
 from lcc import pipeline, whole_run
 from lcc import recipe_file as recipes
+from lcc.comparison import BenchOptions
 from lcc.errors import ArtifactError, RecipeError
-from lcc.recipe import Budget, Calibrate, ModelPart, Recipe
+from lcc.recipe import Budget, Calibrate, Finetune, ModelPart, Recipe
 
 pytestmark = pytest.mark.usefixtures("same_threads")
 
@@ -28,6 +29,14 @@ def test_a_recipe_with_a_budget_runs(tmp_path, data):
     before, after = whole_run.run(recipe, "", tmp_path / "out", SETTINGS).models
     assert after.macs <= 0.7 * before.macs
     assert SETTINGS.open(ModelPart(source=str(tmp_path / "out"))).plan.groups
+
+
+def test_a_run_measures_at_its_end_as_its_planner_did(data):
+    recipe = Recipe(lcc=1, model=PART, finetune=Finetune(data=data))
+    assert whole_run.bench_options(recipe) == BenchOptions()
+    budget = Budget(targets=("latency=-10%",), threads=3, batch=4)
+    recipe = Recipe(lcc=1, model=PART, budget=budget, calibrate=Calibrate(data=data))
+    assert whole_run.bench_options(recipe) == BenchOptions(batch=4, threads=3)
 
 
 def test_a_budget_that_cannot_be_met_is_refused_before_a_recipe_measures_anything(
