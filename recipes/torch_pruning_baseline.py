@@ -2,10 +2,12 @@
 
 python recipes/torch_pruning_baseline.py recipes/cifar10-resnet20-budget.toml 2.1 -o pruned
 
-Prunes the network that the recipe names, an lcc directory, to so many times fewer MACs (ranked by the L2
-norm of groups, a few channels at a time), trains it as the recipe's [finetune] says with the unpruned
-network as the teacher, and writes OUT.onnx, and OUT.json: its costs and its accuracy by epoch. `--resume`
-goes on, `--set` is that of `lcc run`. Needs `pip install torch-pruning`.
+Prunes the network that the recipe names, an lcc directory, to so many times fewer MACs, a few channels at a
+time. Channels are ranked by the L2 norms of their groups, among groups of one shape (isomorphic pruning, of
+the package's authors, arXiv:2407.04616), or with `--rank global` all together, which starves the narrow first
+stage. Trains what is left as the recipe's [finetune] says, with the unpruned network as the teacher, and
+writes OUT.onnx, and OUT.json: its costs and its accuracy by epoch. `--resume` goes on, `--set` is that of
+`lcc run`. Needs `pip install torch-pruning`.
 """
 
 from __future__ import annotations
@@ -75,7 +77,9 @@ def without_convolutions(model: nn.Module, names: list[str]) -> nn.Module:
     return model
 
 
-def pruned(model: nn.Module, example: Tensor, ratio: float, steps: int = 200) -> nn.Module:
+def pruned(
+    model: nn.Module, example: Tensor, ratio: float, *, isomorphic: bool = True, steps: int = 200
+) -> nn.Module:
     """Return a copy with at least `ratio` times fewer MACs; the classifier's outputs stay."""
     shortcuts = [name for name, module in model.named_modules() if isinstance(module, Subsample)]
     known = with_convolutions(model, example)
@@ -84,6 +88,7 @@ def pruned(model: nn.Module, example: Tensor, ratio: float, steps: int = 200) ->
         example,
         importance=tp.importance.GroupMagnitudeImportance(p=2),
         global_pruning=True,
+        isomorphic=isomorphic,
         pruning_ratio=0.95,
         iterative_steps=steps,
         ignored_layers=[module for module in known.modules() if isinstance(module, nn.Linear)],
@@ -104,6 +109,7 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("ratio", type=float)
     parser.add_argument("-o", "--out", required=True)
+    parser.add_argument("--rank", choices=["isomorphic", "global"], default="isomorphic")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
@@ -114,7 +120,7 @@ def main() -> None:
         parser.error(f"{given.recipe}: has no [finetune]")
     loaded = artifact.load(recipe.model.source).loaded
     example = torch.randn(1, len(loaded.preprocessing.mean), *loaded.preprocessing.image_size)
-    model = pruned(loaded.model, example, given.ratio)
+    model = pruned(loaded.model, example, given.ratio, isomorphic=given.rank == "isomorphic")
     checkpoints = Path(f"{given.out}.checkpoints")
     result = train.finetune(
         model,

@@ -42,8 +42,18 @@ def without(stage, channels):
 )
 def test_without_channels_that_are_nothing_the_outputs_are_the_same(pruned, stage, channels, ratio, widths):
     model = without(stage, channels)
-    smaller = pruned(model, EXAMPLE, ratio, steps=400)
+    smaller = pruned(model, EXAMPLE, ratio, isomorphic=False, steps=400)
     assert tuple(smaller.get_submodule(f"layer{n}")[-1].conv2.out_channels for n in (1, 2, 3)) == widths
     images = photos(3, size=32).float()
     torch.testing.assert_close(smaller(images), model(images), rtol=1e-4, atol=1e-4)
     assert ratio <= count_macs(model, EXAMPLE).macs / count_macs(smaller, EXAMPLE).macs < ratio + 0.05
+
+
+def test_every_width_of_a_stage_is_left_some_of_its_channels(pruned):
+    model = seeded(CifarResNet, 3).float()
+    smaller = pruned(model, EXAMPLE, 2.6)
+    assert count_macs(model, EXAMPLE).macs / count_macs(smaller, EXAMPLE).macs >= 2.6
+    for stage, width in enumerate((16, 32, 64), 1):
+        kept = smaller.get_submodule(f"layer{stage}")[-1].conv2.out_channels
+        assert width / 2 < kept < width
+    assert smaller(photos(2, size=32).float()).shape == (2, 10)
