@@ -57,5 +57,5 @@ def test_the_commands_of_the_readme_parse():
 
 def test_the_gate_runs_the_test_command_of_the_readme():
     test_command = blocks("sh")[1].splitlines()[-1].removeprefix(".venv-dev/bin/")
-    assert test_command == "python -m pytest"
+    assert test_command.startswith("python -m pytest")
     assert test_command in (ROOT / ".ci" / "run").read_text().splitlines()
