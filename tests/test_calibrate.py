@@ -53,7 +53,7 @@ def test_one_pass_chooses_the_ridge_of_the_site_by_site_reconstruction(method, n
     assert done(method).calibration.fits[name].ridge == done(method).slow_fits[name].ridge
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", sorted(NORMS))
 def test_one_pass_finds_the_statistics_of_the_site_by_site_reconstruction(name):
     got, wanted = (model.get_submodule(name).state_dict() for model in (done().model, done().slow))
     close(got, wanted)
