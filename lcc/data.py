@@ -2,8 +2,8 @@
 
 | text | what |
 |---|---|
-| imagefolder:DIR | DIR/train/CLASS/*.jpg and DIR/val/ or DIR/test/; or DIR/CLASS/*.jpg, which is every part;
-                     without labels DIR/train/*.jpg or DIR/*.jpg, too |
+| imagefolder:DIR | DIR/train/CLASS/*.jpg and DIR/val/ or DIR/test/; or DIR/CLASS/*.jpg, which is every part |
+| the same, without labels | DIR/train/*.jpg or DIR/*.jpg, too, where no labels are needed |
 | idx:DIR | MNIST's files (train-images-idx3-ubyte, t10k-..., also gzipped); grey becomes RGB |
 | cifar10:DIR, cifar100:DIR, stl10:DIR | the folders torchvision unpacks; nothing is downloaded |
 | hfds/NAME, torch/NAME:DIR, ... | what timm's `create_dataset` reads; hfds/ may use the network |
