@@ -65,24 +65,9 @@ def tables_for(
     DataError: the images. ArtifactError: the cache. CheckFailedError: latency in ONNX Runtime, and no ONNX
     file can be made.
     """
-    sites = sites_of(original)
-    try:
-        return _tables_of(sites, original, budget, targets, calibration, settings)
-    except InfeasibleError as error:
-        raise InfeasibleError(f"{error}{_not_tried(sites, budget)}") from error
-
-
-def _tables_of(
-    sites: tuple[Site, ...],
-    original: Network,
-    budget: Budget,
-    targets: tuple[Target, ...],
-    calibration: Calibrate,
-    settings: Settings,
-) -> Tables:
     quantities = [target.quantity for target in targets] or [budget.minimise]
     counted = [target for target in targets if target.quantity != "latency"]
-    now, clock = _costs(original), None
+    sites, now, clock = sites_of(original), _costs(original), None
     methods = _methods(budget)
     refuse_idle_patterns(sites, tuple(Rule(match=globs) for globs in (budget.include, budget.exclude)))
     options = options_for(sites, methods, include=budget.include, exclude=budget.exclude)
@@ -117,8 +102,9 @@ def _tables_of(
     return Tables(sites, now, found, errors, clock)
 
 
-def _not_tried(sites: tuple[Site, ...], budget: Budget) -> str:
+def not_tried(original: Network, budget: Budget) -> str:
     """Return in words which methods that are fitted by training, and so left out, would save MACs."""
+    sites = sites_of(original)
     globs = {"include": budget.include, "exclude": budget.exclude}
     slow = [] if budget.methods else [kind for kind in METHODS.values() if kind.fits_slowly]
     able = [

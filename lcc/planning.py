@@ -19,7 +19,7 @@ from lcc.errors import InfeasibleError, RecipeError
 from lcc.evaluation import count_outputs
 from lcc.plan import Rule
 from lcc.plan_report import Compared, Part, PlanReport, Point, changes
-from lcc.plan_tables import Tables, tables_for
+from lcc.plan_tables import Tables, not_tried, tables_for
 from lcc.specs import Cost
 
 if TYPE_CHECKING:
@@ -66,7 +66,10 @@ def plan_within(
         refuse_few_images(calibration)
     targets = tuple(map(parse_target, budget.targets))
     judges = None if budget.data is None else _judges(original, budget.data)
-    tables = tables_for(original, budget, targets, calibration, settings)
+    try:
+        tables = tables_for(original, budget, targets, calibration, settings)
+    except InfeasibleError as error:
+        raise InfeasibleError(f"{error}{not_tried(original, budget)}") from error
     if judges is None or budget.max_drop is None:
         found, drop = _chosen(tables, targets, settings), None
     else:
