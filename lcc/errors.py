@@ -4,6 +4,7 @@ LccError                  2   your input: one line says what, where, what to do 
 ├── SourceError               a model source or checkpoint that can't be used
 ├── DataError                 a data set that can't be read
 ├── RecipeError               a recipe, rule or option that can't be followed
+│   └── InfeasibleError           a budget that no network within reach keeps
 ├── NothingToConvertError     no site that the plan could convert
 ├── ArtifactError             an lcc directory that is damaged, foreign or can't be written
 ├── TrainingError             fine-tuning that can't go on (NaN loss, no memory)
@@ -35,7 +36,7 @@ class RecipeError(LccError):
 
 
 class InfeasibleError(RecipeError):
-    """No network within the budget can be had."""
+    """A budget that no network within reach keeps."""
 
 
 class NothingToConvertError(LccError):
