@@ -51,6 +51,7 @@ AMOUNT = re.compile(r"(?P<minus>-?)(?P<number>\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*(?
 GAP = 1e-6  # of the least error: where the search stops
 SECONDS = 20.0  # or after that long
 EXACT = 1e-9  # relative, of a cost that is just a limit
+CLOSE = 0.02  # relative, of a latency: what timing can't tell
 TRIES = 100  # choices over a limit by HiGHS's tolerance, before there is said to be none
 
 
@@ -168,6 +169,25 @@ def check(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> N
     if targets and _search(options, now, _limits(targets, now), least=targets[0].quantity) is None:
         every = " and ".join(target.text for target in targets)
         raise InfeasibleError(f"satisfiable: no; each target alone is, but not {every} at once")
+
+
+def eased(options: Sequence[Option], now: Costs, targets: Sequence[Target]) -> tuple[Target, ...]:
+    """Return the targets, a latency that is missed by less than timing can tell raised to the least there is.
+
+    That is the latency of the fastest choice that keeps the other targets.
+    """
+    others = [target for target in targets if target.quantity != "latency"]
+    if len(others) == len(targets):
+        return tuple(targets)
+    least = floor(options, now, "latency", others).costs["latency"]
+    if least == now["latency"]:  # nothing is faster
+        return tuple(targets)
+    return tuple(
+        target.model_copy(update={"share": None, "limit": least})
+        if target.quantity == "latency" and target.of(now) < least <= target.of(now) * (1 + CLOSE)
+        else target
+        for target in targets
+    )
 
 
 def floor(

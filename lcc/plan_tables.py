@@ -12,7 +12,7 @@ import torch
 
 from lcc import data
 from lcc.banks import refuse_unsettled
-from lcc.budget import amount, check, floor
+from lcc.budget import amount, check, eased, floor
 from lcc.candidates import obstacles, options_for, worthwhile
 from lcc.counts import count_macs, count_params
 from lcc.error_table import with_errors
@@ -88,8 +88,9 @@ def tables_for(
         also: list[Quantity] = [target.quantity for target in counted]
         options = clock.price(worthwhile(options, [*also, "macs"]), settings.say)
         now = {**now, "latency": clock.now_ms}
-        check(clock.scaled(options), now, targets)
-        if not targets and floor(clock.scaled(options), now, "latency").costs["latency"] >= clock.now_ms:
+        in_company = clock.scaled(options)
+        check(in_company, now, eased(in_company, now, targets))
+        if not targets and floor(in_company, now, "latency").costs["latency"] >= clock.now_ms:
             raise InfeasibleError(
                 "satisfiable: no; the floor is 100% of the latency: nothing that would save MACs was faster"
             )

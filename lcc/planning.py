@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lcc import data
 from lcc.batches import eval_batches
-from lcc.budget import EXACT, Target, amount, floor, frontier, meet, neighbours, parse_target
+from lcc.budget import CLOSE, EXACT, Target, amount, eased, floor, frontier, meet, neighbours, parse_target
 from lcc.candidates import rules_of
 from lcc.comparison import measured_accuracy
 from lcc.conversion import convert_network
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from lcc.whole_latency import Clock
 
 ROUNDS = 4  # of choosing, and measuring what was chosen
-CLOSE = 0.02  # relative, of a latency to what was predicted: no further round
 TRIALS = 7  # networks converted and evaluated in search of the cheapest that loses little
 NEAR = 0.005  # of what the network costs: where that search stops
 
@@ -97,7 +96,8 @@ def _chosen(tables: Tables, targets: Sequence[Target], settings: Settings) -> Bu
     trials: list[_Trial] = []
     for _ in range(ROUNDS):
         try:
-            found = meet(clock.scaled(tables.options), now, targets)
+            options = clock.scaled(tables.options)
+            found = meet(options, now, eased(options, now, targets))
         except InfeasibleError:  # by what was measured since; one of the trials may do
             if not trials:
                 raise

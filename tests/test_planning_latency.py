@@ -17,7 +17,7 @@ from planning_setting import (
 )
 
 from lcc import plan_tables, whole_latency
-from lcc.errors import NothingToConvertError, RecipeError, SourceError
+from lcc.errors import InfeasibleError, NothingToConvertError, RecipeError, SourceError
 from lcc.latency_table import Place, Timed, Timing
 from lcc.measure import Bench, Conditions
 from lcc.methods.circulant import Circulant
@@ -264,6 +264,17 @@ def test_a_latency_that_cannot_be_reached_is_refused_with_the_floor(data, machin
     ):
         planned(data, "latency=10%")
     assert len(machine.timed) == 1
+
+
+def test_a_latency_that_is_missed_by_what_timing_cannot_tell_is_not_refused(data, machine):
+    options = {"methods": ("linear_mix",)}
+    fastest = planned(data, "latency=99%", **options).report.compared[0].measured_ms
+    report = planned(data, f"latency={fastest / 1.019:.4f}ms", **options).report
+    assert report.then["latency"] == pytest.approx(fastest)
+    with pytest.raises(InfeasibleError, match="the floor is"):
+        planned(data, f"latency={fastest / 1.021:.4f}ms", **options)
+    report = planned(data, f"latency={fastest / 1.019:.4f}ms", "params=99%", **options).report
+    assert report.then["latency"] == pytest.approx(fastest)
 
 
 def test_a_latency_that_is_there_already_is_nothing_to_convert(data, machine):
