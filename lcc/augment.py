@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 import torch
 
+from lcc.errors import RecipeError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -135,17 +137,20 @@ def painter(preprocessing: Preprocessing, augment: Augment) -> Callable[[Tensor]
     from timm.data.transforms_factory import create_transform
     from torchvision.transforms import Compose, ToPILImage
 
-    _, colours, final = create_transform(
-        (3, *preprocessing.image_size),
-        is_training=True,
-        color_jitter=augment.color_jitter,
-        auto_augment=augment.auto_augment,
-        interpolation=preprocessing.interpolation,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        re_prob=augment.random_erase,
-        normalize=augment.random_erase > 0,
-        separate=True,
-    )
+    try:
+        _, colours, final = create_transform(
+            (3, *preprocessing.image_size),
+            is_training=True,
+            color_jitter=augment.color_jitter,
+            auto_augment=augment.auto_augment,
+            interpolation=preprocessing.interpolation,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            re_prob=augment.random_erase,
+            normalize=augment.random_erase > 0,
+            separate=True,
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise RecipeError(f"auto_augment = {augment.auto_augment!r} is none of timm's policies") from error
     transform: Callable[[Tensor], Tensor] = Compose([ToPILImage(), colours, final])
     return transform

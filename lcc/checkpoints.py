@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 POINTER = "latest"
 STATE = "state.pt"
+UNFINISHED = ".new"
 KEPT = 2
 
 
@@ -32,7 +34,7 @@ def write(directory: Path, step: int, state: dict[str, Any]) -> None:
     final = directory / f"step-{step:08d}"
     if newest(directory) == final:
         return  # the same step gives the same state
-    fresh = directory / f"{final.name}.new"
+    fresh = directory / f"{final.name}{UNFINISHED}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for leftover in (fresh, final):
@@ -72,13 +74,14 @@ def refuse_leftovers(directory: Path) -> None:
         raise TrainingError(f"{directory} has checkpoints of an earlier run: resume it, or remove the folder")
 
 
-def refuse_another(kind: str, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to go on where something else was begun. Raises: TrainingError: names what differs."""
-    for name, value in now.items():
-        if name in before and before[name] != value:
-            raise TrainingError(
-                f"can't resume: the {kind} {name} is {value!r} now and was {before[name]!r} in the checkpoint"
-            )
+def discard(directory: Path) -> None:
+    """Remove the checkpoints in a folder; what lcc did not write there stays, and so does the folder then."""
+    for checkpoint in directory.glob("step-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    for pointer in directory.glob(f"{POINTER}*"):
+        pointer.unlink()
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def newest(directory: Path) -> Path | None:
@@ -101,7 +104,7 @@ def read(checkpoint: Path) -> dict[str, Any]:
 
 
 def _point_to(directory: Path, name: str) -> None:
-    fresh = directory / f"{POINTER}.new"
+    fresh = directory / f"{POINTER}{UNFINISHED}"
     with fresh.open("w", encoding="utf-8") as file:
         file.write(name + "\n")
         file.flush()
@@ -111,8 +114,10 @@ def _point_to(directory: Path, name: str) -> None:
 
 
 def _prune(directory: Path, name: str) -> None:
-    steps = sorted(path for path in directory.glob("step-*") if path.name <= name)
-    for path in steps[:-KEPT]:
+    found = sorted(path for path in directory.glob("step-*") if path.name <= name)
+    cut_off = [path for path in found if path.suffix == UNFINISHED]
+    whole = [path for path in found if path.suffix != UNFINISHED]
+    for path in (*cut_off, *whole[:-KEPT]):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lcc.readers import Images
 
 Part = Literal["train", "val", "test"]
+ALL = "all of it"  # the name of a part that is every part
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 FORMS = "imagefolder:DIR, idx:DIR, cifar10:DIR, cifar100:DIR, stl10:DIR, or a timm reader such as hfds/NAME"
 
@@ -125,8 +126,18 @@ def open_eval(text: str, *, val_split: float = 0.0, seed: int = 0) -> Split:
         return open_split(text, "test")
 
 
-def refuse_other_classes(train: Split, held_out: Split) -> None:
-    """Refuse parts whose labels mean different things. Raises: DataError."""
+def open_parts(text: str, *, val_split: float = 0.0, seed: int = 0) -> tuple[Split, Split]:
+    """Return what to train and what to evaluate on.
+
+    Raises: DataError: they are the same images, or their labels mean different things; as `open_split`.
+    """
+    train = open_train(text, val_split=val_split, seed=seed)
+    held_out = open_eval(text, val_split=val_split, seed=seed)
+    if held_out.name == ALL:
+        raise DataError(
+            f"{text}: has neither val/ nor test/, so it would be evaluated on what it is trained on; "
+            "hold some images out with val_split = 0.1"
+        )
     one, two = train.class_names, held_out.class_names
     if one is not None and two is not None and one != two:
         name = min(set(one) ^ set(two))
@@ -134,6 +145,7 @@ def refuse_other_classes(train: Split, held_out: Split) -> None:
         raise DataError(
             f"{train.text}: class {name!r} is missing from {missing.name}; both parts need the same"
         )
+    return train, held_out
 
 
 def enough_images(text: str, count: int) -> Split:
@@ -224,7 +236,7 @@ def _imagefolder(text: str, root: Path, part: Part) -> Split:
         paths += found
         labels += [label] * len(found)
     numbers = np.array(labels, dtype=np.int64)
-    return Split(text, part, Files(tuple(paths), numbers), numbers, class_names)
+    return Split(text, ALL if folder == root else part, Files(tuple(paths), numbers), numbers, class_names)
 
 
 def _folder_of(text: str, root: Path, part: Part) -> Path:

@@ -107,24 +107,24 @@ def accuracy_on(model: nn.Module, batches: Batches, *, shown: bool | None = Fals
 
 
 @torch.no_grad()
-def count_outputs(model: nn.Module, batches: Batches) -> int:
-    """Return how many classes the model tells apart. Raises: DataError: not those of the data."""
+def count_outputs(model: nn.Module, batches: Batches, *, called: str = "the model") -> int:
+    """Return how many classes a model tells apart. Raises: DataError: not those of the data."""
     size = batches.preprocessing.image_size
     with mode(model, training=False):
         logits = model(torch.zeros(1, len(batches.preprocessing.mean), *size, device=device_of(model)))
-    check_classes(logits, torch.zeros(1), batches.split)
+    check_classes(logits, torch.zeros(1), batches.split, called=called)
     return int(logits.shape[1])
 
 
-def check_classes(logits: object, labels: Tensor, split: Split) -> None:
+def check_classes(logits: object, labels: Tensor, split: Split, *, called: str = "the model") -> None:
     """Refuse outputs (N, classes) that don't fit the data. Raises: DataError."""
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise DataError(f"the model is not a classifier: it gives {shape}, not (images, classes)")
+        raise DataError(f"{called} is not a classifier: it gives {shape}, not (images, classes)")
     outputs, classes = logits.shape[1], split.num_classes
     if classes is None:
         classes = outputs if int(labels.max()) < outputs else int(labels.max()) + 1
     if outputs != classes and (split.class_names is not None or outputs < classes):
         raise DataError(
-            f"{split.text}: has {classes} classes, the model {outputs}; give one of {classes} (--num-classes)"
+            f"{split.text}: has {classes} classes, {called} {outputs}; give one of {classes} (--num-classes)"
         )

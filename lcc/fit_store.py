@@ -32,15 +32,9 @@ class FitStore:
         self.folder = folder
         path = folder / KEY
         try:
-            if any(folder.glob("*.safetensors")):
-                if not path.is_file():
-                    raise ArtifactError(
-                        f"{folder} is where fits would be kept, and holds something else; move it"
-                    )
+            if _has_fits(folder):
                 if not resume:
-                    raise ArtifactError(
-                        f"{folder} has fits of an earlier conversion: go on with --resume, or remove it"
-                    )
+                    refuse_leftovers(folder)
                 if path.read_text(encoding="utf-8").strip() != key:
                     raise ArtifactError(
                         f"{folder} has fits of another network, plan or set of images; remove the folder"
@@ -78,6 +72,21 @@ class FitStore:
 
     def _file(self, site: str) -> Path:
         return self.folder / f"{site}.safetensors"
+
+
+def refuse_leftovers(folder: Path) -> None:
+    """Refuse to mix new fits with an earlier conversion's. Raises: ArtifactError: there are some."""
+    if _has_fits(folder):
+        raise ArtifactError(f"{folder} has fits of an earlier conversion: go on with --resume, or remove it")
+
+
+def _has_fits(folder: Path) -> bool:
+    """Whether fits are kept there. Raises: ArtifactError: something else is."""
+    if not any(folder.glob("*.safetensors")):
+        return False
+    if not (folder / KEY).is_file():
+        raise ArtifactError(f"{folder} is where fits would be kept, and holds something else; move it")
+    return True
 
 
 def discard(folder: Path) -> None:

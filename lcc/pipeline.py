@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcc import artifact, data, fit_store
+from lcc import artifact, checkpoints, data, fit_store
 from lcc.comparison import (
     EVAL_BATCH,
     BenchOptions,
@@ -96,9 +95,11 @@ def convert(
     """
     artifact.check_target(directory, force=settings.force)
     _check_plan_file(save_plan, replace(settings, force=settings.force or resume), directory)
+    fits = fits_of(directory)
+    if not resume:
+        fit_store.refuse_leftovers(fits)
     original = open_first(part, settings)
     rules = decided(original, decision, calibration, settings, save_plan)
-    fits = fits_of(directory)
     sites, converted = convert_network(original, rules, calibration, settings, fits=fits, resume=resume)
     converted = saved(converted, directory, settings).but(name=directory.name)
     fit_store.discard(fits)
@@ -133,7 +134,7 @@ def finetune(
     master = settings.open(teacher) if teacher is not None else None
     if master is None and network.plan.groups and (options.distill > 0 or options.features > 0):
         master = original_teacher(network, settings)
-    split = data.open_eval(options.data, val_split=options.val_split, seed=options.seed)
+    _, split = data.open_parts(options.data, val_split=options.val_split, seed=options.seed)
     start = None if network.is_random else measured_accuracy(network, split, settings)
     if start is not None:
         settings.say(f"before fine-tuning: {start}")
@@ -148,7 +149,7 @@ def finetune(
         workers=workers,
     )
     trained = saved(trained, directory, settings)
-    shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
+    checkpoints.discard(checkpoints_of(directory))
     if start is not None and result.accuracy.top1 < start.top1:
         settings.say(
             f"warning: fine-tuning made it worse, {result.accuracy} from {start}: try a lower --lr than "

@@ -64,7 +64,7 @@ def plan_within(
     if check_errors:
         refuse_few_images(calibration)
     targets = tuple(map(parse_target, budget.targets))
-    judges = None if budget.data is None else _judges(original, budget.data)
+    judges = None if budget.data is None else _judges(original, budget.data, settings)
     try:
         tables = tables_for(original, budget, targets, calibration, settings)
     except InfeasibleError as error:
@@ -144,12 +144,17 @@ def _keeps(found: Budgeted, now: Costs, targets: Sequence[Target]) -> bool:
     )
 
 
-def _judges(original: Network, text: str) -> Split:
+def _judges(original: Network, text: str, settings: Settings) -> Split:
     """Return the images that tell what a plan loses. Raises: RecipeError: nothing that can be lost."""
     if original.is_random or original.has_new_head:
         raise RecipeError("--max-drop needs a trained network; weights here are random, or the last layer's")
     judges = data.open_eval(text)
     count_outputs(original.loaded.model, eval_batches(judges, original.loaded.preprocessing, batch_size=1))
+    if judges.name == "test":
+        settings.say(
+            f"note: {text} has no val part, so its test images choose what is converted, and do not judge it "
+            "fairly afterwards"
+        )
     return judges
 
 

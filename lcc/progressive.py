@@ -6,7 +6,6 @@ training from the last checkpoint, which knows what it is of.
 
 from __future__ import annotations
 
-import shutil
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -27,18 +26,19 @@ if TYPE_CHECKING:
 
 
 def refuse_leftovers(progressive: Progressive, directory: Path) -> None:
-    """Make sure, before any long work, that no stage before the last has checkpoints of an earlier run.
+    """Make sure, before any long work, that no stage before the last has something of an earlier run.
 
-    Raises: TrainingError: one has.
+    Raises: TrainingError: checkpoints. ArtifactError: fits.
     """
     for place in _places(progressive, directory):
+        fit_store.refuse_leftovers(fits_of(place))
         checkpoints.refuse_leftovers(checkpoints_of(place))
 
 
 def discard_stages(progressive: Progressive, directory: Path) -> None:
     """Remove what was kept of the stages before the last."""
     for place in _places(progressive, directory):
-        shutil.rmtree(checkpoints_of(place), ignore_errors=True)
+        checkpoints.discard(checkpoints_of(place))
         fit_store.discard(fits_of(place))
 
 

@@ -71,6 +71,12 @@ class Finetune(Frozen):
     seed: Annotated[int, Field(ge=0)] = 0
     checkpoint_every: Count | None = None
 
+    @model_validator(mode="after")
+    def _one_change_of_colours(self) -> Finetune:
+        if self.color_jitter and self.auto_augment:
+            raise ValueError("color_jitter: timm leaves it out beside auto_augment; set one of them")
+        return self
+
 
 class ModelPart(Frozen):
     """Which network: the options of `lcc.models.load`, under the same names."""

@@ -22,7 +22,7 @@ from torch import nn
 from lcc import checkpoints, progress
 from lcc.augment import seeded
 from lcc.batches import eval_batches, train_batches
-from lcc.data import open_eval, open_train, refuse_other_classes
+from lcc.data import open_parts
 from lcc.errors import InterruptedRunError, TrainingError
 from lcc.evaluation import Accuracy, accuracy_on, count_outputs, device_of, mode, pick_device, placed
 from lcc.features import check_sites
@@ -65,13 +65,15 @@ class Epoch(Frozen):
 class TrainResult(Frozen):
     """What a run gave; `accuracy` is the last epoch's, on the part of the data `evaluated_on`.
 
-    `best_epoch` is there only where images were held out to choose by (val/ or val_split).
+    `best_epoch` is there only where images were held out to choose by (val/ or val_split); `precision` is
+    what was computed in, see `lcc.steps.precision_on`.
     """
 
     accuracy: Accuracy
     evaluated_on: str
     history: tuple[Epoch, ...]
     best_epoch: int | None = None
+    precision: str = "no"
     teacher: Accuracy | None = None
     resumed_from: int | None = None
 
@@ -103,9 +105,7 @@ def finetune(
     """
     start = checkpoints.begin(checkpoint_dir, resume=resume, say=say)
     target = pick_device(device)
-    train = open_train(options.data, val_split=options.val_split, seed=options.seed)
-    held_out = open_eval(options.data, val_split=options.val_split, seed=options.seed)
-    refuse_other_classes(train, held_out)
+    train, held_out = open_parts(options.data, val_split=options.val_split, seed=options.seed)
     taught = teacher is not None and (options.distill > 0 or options.features > 0)
     expert = teacher if teacher is not None and taught else nn.Identity()
     if options.features > 0:
@@ -121,13 +121,13 @@ def finetune(
         first = 0 if start is None else int(start["step"])
         stream = train_batches(train, preprocessing, options, start=first, workers=workers)
         evaluation = eval_batches(held_out, preprocessing, batch_size=2 * options.batch_size, workers=workers)
-        if precision_on(target, options.precision) != options.precision:
-            say("note: this CPU would emulate bf16, which is slow: training in float32 instead")
         run = _Run(model, stream, evaluation, options, say, sites, origin)
+        if run.precision != options.precision:
+            say("note: this CPU would emulate bf16, which is slow: training in float32 instead")
         if expert is teacher:
             run.learn_from(teacher, teacher_preprocessing or preprocessing)
         if start is not None:
-            run.restore(start)
+            run.restore(start, checkpoint_dir)
         run.go(checkpoint_dir, shown=shown)
         run.stepper.hand_over()
     model.eval()
@@ -153,6 +153,7 @@ class _Run:
         self.options = options
         self.say = say
         self.origin = origin
+        self.precision = precision_on(self.device, options.precision)
         self.steps_per_epoch = len(stream.split) // options.batch_size
         self.steps = options.epochs * self.steps_per_epoch
         classes = count_outputs(model, stream)
@@ -167,6 +168,12 @@ class _Run:
 
     def learn_from(self, teacher: nn.Module, own: Preprocessing) -> None:
         """Distil from `teacher`, and say how good it is on this data."""
+        outputs = count_outputs(teacher, self.stream, called="the teacher")
+        if outputs != self.stepper.classes:
+            raise TrainingError(
+                f"the teacher tells {outputs} classes apart, the model {self.stepper.classes}; "
+                "name a teacher of as many, or set distill = 0"
+            )
         self.stepper.teacher = Teacher.make(teacher, own, self.stream.preprocessing, self.device)
         self.teacher_hash = hash_of_weights(teacher)
         split = self.evaluation.split
@@ -181,10 +188,25 @@ class _Run:
                 "hold the model back; fine-tune the teacher on it first, or set distill = 0"
             )
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], directory: Path | None) -> None:
         """Go on from a checkpoint's state. Raises: TrainingError: it is of another run."""
-        checkpoints.refuse_another("option", json.loads(state["options"]), self._options())
-        checkpoints.refuse_another("hash of the", state["facts"], self._facts())
+        options, facts = json.loads(state["options"]), state["facts"]
+        differing = [
+            *(
+                f"{name} is {value!r} now and was {options[name]!r} in the checkpoint"
+                for name, value in self._options().items()
+                if options.get(name, value) != value
+            ),
+            *(
+                f"the {name} now and in the checkpoint differ"
+                for name, value in self._facts().items()
+                if facts.get(name, value) != value
+            ),
+        ]
+        if differing:
+            raise TrainingError(
+                f"can't resume: {differing[0]}; give what the run was begun with, or remove {directory}"
+            )
         if state["machine"] != (machine := _machine(self.device)):
             self.say(f"note: begun on {state['machine']}, resumed on {machine}: the last bits will differ")
         self.stepper.load(state["stepper"])
@@ -214,19 +236,20 @@ class _Run:
                     raise InterruptedRunError(self._where_it_stopped(directory))
                 if over:
                     self._end_epoch()
+            if stop.requested:  # while the last epoch was evaluated
+                raise InterruptedRunError(self._where_it_stopped(directory))
 
     def result(self) -> TrainResult:
         """What the run gave; call it after `go`."""
         chosen = self.evaluation.split.name.startswith("val")
         best = max(self.history, key=lambda epoch: epoch.accuracy.top1)
         last = self.history[-1].accuracy
-        if self.teacher is not None and last.top1 > self.teacher.top1:
-            self.say(f"note: the model ({last}) is now better than its teacher ({self.teacher})")
         return TrainResult(
             accuracy=last,
             evaluated_on=self.evaluation.split.name,
             history=tuple(self.history),
             best_epoch=best.epoch if chosen else None,
+            precision=self.precision,
             teacher=self.teacher,
             resumed_from=self.resumed_from,
         )
@@ -293,7 +316,8 @@ class _Run:
         self._start_clock()
 
     def _options(self) -> dict[str, Any]:
-        return self.options.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))
+        given = self.options.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))
+        return {**given, "precision": self.precision}
 
     def _facts(self) -> dict[str, str]:
         form = self.stream.preprocessing

@@ -71,9 +71,10 @@ def train_network(
             "options": options.model_dump_json(exclude={"data"}, exclude_defaults=True),
             "teacher": "none"
             if result.teacher is None
-            else f"{teacher.name if teacher else ''} ({result.teacher})",
+            else f"{teacher.name if teacher else ''} ({result.teacher} on {result.teacher.images:,} images)",
             "threads": str(torch.get_num_threads()),
             **({} if result.best_epoch is None else {"best_epoch": str(result.best_epoch)}),
+            **({} if result.precision == options.precision else {"precision": result.precision}),
             "top1_by_epoch": " ".join(f"{epoch.accuracy.top1:.2f}" for epoch in result.history),
         },
     )

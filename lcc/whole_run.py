@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,7 +138,8 @@ def _origin(recipe: Recipe, original: Network, rules: tuple[Rule, ...]) -> str:
 
 
 def _refuse_leftovers(recipe: Recipe, directory: Path) -> None:
-    """Refuse, before any long work, what an earlier run left. Raises: TrainingError."""
+    """Refuse, before any long work, what an earlier run left. Raises: TrainingError, ArtifactError."""
+    fit_store.refuse_leftovers(fits_of(directory))
     if recipe.progressive is not None:
         progressive.refuse_leftovers(recipe.progressive, directory)
     if recipe.finetune is not None:
@@ -152,7 +152,7 @@ def _discard_leftovers(recipe: Recipe, directory: Path) -> None:
     if recipe.progressive is not None:
         progressive.discard_stages(recipe.progressive, directory)
     if recipe.finetune is not None:
-        shutil.rmtree(checkpoints_of(directory), ignore_errors=True)
+        checkpoints.discard(checkpoints_of(directory))
 
 
 def _exported(network: Network, chosen: Export, directory: Path) -> tuple[str, ...]:
@@ -195,10 +195,11 @@ def _recipe_teacher(recipe: Recipe, original: Network, settings: Settings) -> Ne
 
 def _evaluated_on(recipe: Recipe) -> Split | None:
     """Return the images on which every stage of a recipe is measured: the same for all."""
-    if recipe.eval is not None:
-        return data.open_eval(recipe.eval.data)
     tune = recipe.finetune
-    return None if tune is None else data.open_eval(tune.data, val_split=tune.val_split, seed=tune.seed)
+    held_out = None
+    if tune is not None:
+        _, held_out = data.open_parts(tune.data, val_split=tune.val_split, seed=tune.seed)
+    return held_out if recipe.eval is None else data.open_eval(recipe.eval.data)
 
 
 def bench_options(recipe: Recipe) -> BenchOptions:
@@ -219,7 +220,7 @@ def demo(directory: Path, settings: Settings) -> Report:
     )
     target = directory / "model"
     artifact.check_target(target, force=True)
-    shutil.rmtree(checkpoints_of(target), ignore_errors=True)
+    checkpoints.discard(checkpoints_of(target))
     fit_store.discard(fits_of(target))
     text = recipe_file.read_text(encoding="utf-8")
     result = run(recipe, text, target, settings, options=BenchOptions())

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 import lcc
-from lcc import artifact, train
+from lcc import artifact, checkpoints, train
 from lcc.counts import count_macs, count_params
 from lcc.export import to_onnx
 from lcc.plan import Plan
@@ -121,13 +120,13 @@ def main() -> None:
     loaded = artifact.load(recipe.model.source).loaded
     example = torch.randn(1, len(loaded.preprocessing.mean), *loaded.preprocessing.image_size)
     model = pruned(loaded.model, example, given.ratio, isomorphic=given.rank == "isomorphic")
-    checkpoints = Path(f"{given.out}.checkpoints")
+    kept = Path(f"{given.out}.checkpoints")
     result = train.finetune(
         model,
         loaded.preprocessing,
         recipe.finetune,
         teacher=loaded.model,
-        checkpoint_dir=checkpoints,
+        checkpoint_dir=kept,
         resume=given.resume,
         workers=0,
     )
@@ -139,7 +138,7 @@ def main() -> None:
         "top1_by_epoch": [epoch.accuracy.top1 for epoch in result.history],
     }
     Path(f"{given.out}.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    shutil.rmtree(checkpoints)
+    checkpoints.discard(kept)
 
 
 if __name__ == "__main__":

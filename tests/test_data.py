@@ -35,7 +35,9 @@ def test_evaluation_takes_test_where_there_is_no_val(tmp_path):
 
 def test_a_folder_of_classes_alone_is_every_part(tmp_path):
     text = image_folder(tmp_path, {"": {"a": 2, "b": 1}})
-    assert len(data.open_split(text, "train")) == len(data.open_eval(text)) == 3
+    train, held_out = data.open_train(text), data.open_eval(text)
+    assert len(train) == len(held_out) == 3
+    assert train.name == held_out.name == "all of it"
 
 
 @pytest.mark.parametrize("folder", ["", "train"])

@@ -7,9 +7,10 @@ from small_data import idx_data
 
 from lcc import checkpoints, pipeline, whole_run
 from lcc.comparison import BenchOptions
-from lcc.directory import checkpoints_of
-from lcc.errors import RecipeError, SourceError, TrainingError
+from lcc.directory import checkpoints_of, fits_of
+from lcc.errors import ArtifactError, RecipeError, SourceError, TrainingError
 from lcc.export import Exported, Parity
+from lcc.fit_store import FitStore
 from lcc.methods.linear_mix import LinearMix
 from lcc.methods.shared import Shared
 from lcc.network import sites_of
@@ -44,6 +45,13 @@ def test_what_an_earlier_run_left_and_a_missing_teacher_are_told_before_any_work
     checkpoints.write(checkpoints_of(tmp_path / "out"), 1, {})
     with pytest.raises(TrainingError, match=r"out\.checkpoints has checkpoints of an earlier run"):
         run(tmp_path / "out", model=NET, finetune=tune(data))
+    FitStore(fits_of(tmp_path / "more"), "", resume=False)
+    (fits_of(tmp_path / "more") / "stem.safetensors").touch()
+    with pytest.raises(ArtifactError, match=r"has fits of an earlier conversion: go on with --resume"):
+        run(tmp_path / "more", model=NET, convert=RULES)
+    monkeypatch.setattr(pipeline, "decided", lambda *_: pytest.fail("worked"))
+    with pytest.raises(ArtifactError, match=r"has fits of an earlier conversion: go on with --resume"):
+        pipeline.convert(NET, tmp_path / "more", RULES, SETTINGS)
 
 
 def test_every_stage_is_measured_on_the_images_that_the_recipe_names(tmp_path, data):

@@ -233,6 +233,13 @@ def test_the_points_that_a_plan_says_are_lost_are_those_of_the_converted_network
     assert report.drop <= 40
 
 
+def test_that_test_images_choose_is_said(data, monkeypatch):
+    points_lost(monkeypatch, lambda _: 0.0)
+    said = []
+    planned(data, max_drop=5, data=data, settings=replace(SETTINGS, say=said.append))
+    assert [text for text in said if "has no val part, so its test images choose what is converted" in text]
+
+
 def test_labelled_images_that_are_not_there_are_said_before_any_work(data, passes):
     with pytest.raises(DataError, match="nowhere"):
         planned(data, max_drop=1, data="idx:nowhere")

@@ -120,6 +120,10 @@ def test_the_last_override_wins(read):
         (f"{FINETUNE}epochs = 2.5", "finetune.epochs: should be a whole number, not 2.5"),
         (f"{FINETUNE}channels_last = 1", "finetune.channels_last: should be true or false, not 1"),
         (f"{FINETUNE}optimizer = 1", "finetune.optimizer: should be text in quotes, not 1"),
+        (
+            f'{FINETUNE}color_jitter = 0.4\nauto_augment = "rand-m5"',
+            "color_jitter: timm leaves it out beside",
+        ),
         (f"{FINETUNE}hflip = 2", "finetune.hflip: should be less than or equal to 1, not 2"),
         (f'{FINETUNE}schedule = "steps"', "'tanh' or 'poly', not the text \"steps\""),
         (f"{MODEL}image_size = 224", "model.image_size: should be a list, not 224"),

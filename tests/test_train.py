@@ -71,6 +71,19 @@ def test_a_finished_run_resumes_to_its_own_result(tmp_path, data):
     assert differences(first, train(data, tmp_path / "run", resume=True)) == []
 
 
+def test_a_signal_while_the_last_epoch_is_evaluated_ends_the_run_too(tmp_path, data):
+    calls = []
+
+    def hook(module, _inputs):
+        calls.append(module.training)
+        if calls.count(True) == 18 and not module.training:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(InterruptedRunError, match=r"stopped after step 18 of 18; .*--resume"):
+        train(data, tmp_path / "run", hook=hook)
+    assert differences(train(data, None), train(data, tmp_path / "run", resume=True)) == []
+
+
 def test_a_run_with_adam_and_steps_resumes_to_the_same_bits(tmp_path, data):
     changes = {"optimizer": "adam", "schedule": "step", "decay_epochs": 1, "lr": 0.01, "crop": "resize"}
     whole = train(data, None, **changes)
@@ -93,8 +106,15 @@ def test_the_run_neither_uses_nor_changes_the_callers_generators(data):
 
 def test_resume_with_another_option_is_refused_by_its_name(tmp_path, data):
     run(data, tmp_path / "run", epochs=1)
-    with pytest.raises(TrainingError, match=r"the option lr is 0\.1 now and was 0\.05"):
+    with pytest.raises(TrainingError, match=r"can't resume: lr is 0\.1 now and was 0\.05 .* remove .*run$"):
         run(data, tmp_path / "run", epochs=1, lr=0.1, resume=True)
+
+
+def test_resume_in_another_precision_is_refused_and_the_one_in_use_is_told(tmp_path, data, monkeypatch):
+    assert run(data, tmp_path / "run", epochs=1).precision == "no"
+    monkeypatch.setattr("lcc.train.precision_on", lambda *_: "bf16")
+    with pytest.raises(TrainingError, match="can't resume: precision is 'bf16' now and was 'no'"):
+        run(data, tmp_path / "run", epochs=1, resume=True)
 
 
 def test_resume_on_other_data_is_refused(tmp_path, data):
@@ -105,7 +125,7 @@ def test_resume_on_other_data_is_refused(tmp_path, data):
 
 def test_resume_with_another_teacher_is_refused(tmp_path, data):
     run(data, tmp_path / "run", epochs=1, teacher=tiny_network(seed=1))
-    with pytest.raises(TrainingError, match="hash of the teacher"):
+    with pytest.raises(TrainingError, match="the teacher now and in the checkpoint differ"):
         run(data, tmp_path / "run", epochs=1, teacher=tiny_network(seed=2), resume=True)
 
 
@@ -128,6 +148,46 @@ def test_a_folder_with_checkpoints_is_not_overwritten_by_a_new_run(tmp_path, dat
     run(data, tmp_path / "run", epochs=1)
     with pytest.raises(TrainingError, match="checkpoints of an earlier run"):
         run(data, tmp_path / "run", epochs=1)
+
+
+def test_of_what_a_kill_cut_off_only_whole_checkpoints_are_kept_and_counted(tmp_path):
+    for step in (4, 5):
+        checkpoints.write(tmp_path / "run", step, {})
+    (tmp_path / "run" / "step-00000006.new").mkdir()
+    checkpoints.write(tmp_path / "run", 7, {})
+    found = {path.name for path in (tmp_path / "run").iterdir()}
+    assert found == {"latest", "step-00000005", "step-00000007"}
+
+
+def test_what_lies_beside_the_checkpoints_is_kept(tmp_path):
+    for name in ("mine", "run"):
+        checkpoints.write(tmp_path / name, 1, {})
+    (tmp_path / "mine" / "best.pth").touch()
+    for name in ("mine", "run", "nowhere"):
+        checkpoints.discard(tmp_path / name)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == [
+        "mine",
+        "mine/best.pth",
+    ]
+
+
+def test_a_teacher_of_other_classes_is_named(data, tmp_path):
+    with pytest.raises(TrainingError, match="teacher tells 5 classes apart, the model 3; name a teacher"):
+        run(data, teacher=tiny_network(classes=5))
+    with pytest.raises(DataError, match="has 3 classes, the teacher 2"):
+        run(data, teacher=tiny_network(classes=2))
+
+
+def test_images_that_are_trained_on_evaluate_nothing(tmp_path):
+    text = image_folder(tmp_path, {"": {"a": 8, "b": 8, "c": 8}})
+    with pytest.raises(DataError, match=r"evaluated on what it is trained on; hold .* val_split = 0\.1"):
+        run(text)
+    assert run(text, val_split=0.25, epochs=1).accuracy.images == 6
+
+
+def test_a_policy_that_timm_does_not_know_is_named(data):
+    with pytest.raises(RecipeError, match="auto_augment = 'nosuch' is none of timm's policies"):
+        run(data, auto_augment="nosuch")
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, data):
