@@ -83,13 +83,15 @@ def obstacles(
 ) -> str:
     """Return in words why these methods take no site: what the first says of each, most often first."""
     counts: Counter[str] = Counter()
-    for site in sites:
-        if not _is_named(site, include, exclude):
-            continue
+    named = [site for site in sites if _is_named(site, include, exclude)]
+    for site in named:
         kinds = [method for method in methods if site.kind in method.kinds]
         if kinds:
             reason = site.why_not(_members(kinds[0], site)[0]) or "would save none of it"
             counts[reason.partition(" (")[0].partition(":")[0]] += 1
+    if named and not counts:
+        name = named[0].name
+        return f"none of the methods takes {name} as a whole; its convolutions are --include '{name}.*'"
     listed = "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
     left = " that --include and --exclude leave" if include or exclude else ""
     return f"no method takes any of its {counts.total()} sites{left} ({listed})"

@@ -11,7 +11,7 @@ from lcc.banks import settle_banks_
 from lcc.evaluation import pick_device
 from lcc.fit_store import FitStore
 from lcc.manifest import command_line, event_now
-from lcc.measurements import content_key
+from lcc.measurements import content_key, own_code
 from lcc.methods import LowCostOp
 from lcc.network import Network, sites_of
 from lcc.plan import Plan, Rule, Site, make_plan
@@ -66,7 +66,7 @@ def convert_network(
         )
         store = None
         if any(isinstance(m, LowCostOp) and m.method.fits_slowly for m in model.modules()):
-            key = content_key(original.loaded.model, images, decided.model_dump_json())
+            key = content_key(original.loaded.model, images, decided.model_dump_json(), own_code())
             store = FitStore(fits, key, resume=resume)
         made, details = _fit_(model, originals, sites, images, settings, store)
         details["weights"] += f" of {calibration.data}, no labels"

@@ -168,6 +168,19 @@ def images(text: str, preprocessing: Preprocessing, count: int, seed: int = 0) -
     return Normaliser(preprocessing, pixels.device)(pixels)
 
 
+def state_of_images(text: str, count: int, seed: int = 0) -> str:
+    """Return a hash that changes with what `images` returns, without opening a file.
+
+    By the number of images and their labels, and of those chosen: the pixels of what is in memory; the name,
+    size and time of change of a file; nothing of what timm reads.
+    """
+    split = enough_images(text, count)
+    state = hashlib.sha256(split.fingerprint.encode())
+    for index in np.random.default_rng(seed).permutation(len(split))[:count]:
+        state.update(split.images.state(int(index)))
+    return state.hexdigest()[:16]
+
+
 def pixels_transform(
     preprocessing: Preprocessing, *, crop_pct: float | None = None
 ) -> Callable[[Image.Image], Tensor]:

@@ -30,7 +30,7 @@ CHUNK = 256  # images at a time
 
 def refuse_few_images(calibration: Calibrate) -> None:
     """Make sure, before any long work, that there are images for `checked_errors`. Raises: DataError."""
-    there, needed = len(data.open_train(calibration.data)), 2 * calibration.images
+    there, needed = len(data.enough_images(calibration.data, 0)), 2 * calibration.images
     if there < needed:
         raise DataError(
             f"{calibration.data} has {there} images, and errors are checked on as many more as are fitted "

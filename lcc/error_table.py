@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lcc import __version__, data, models, progress
+from lcc import data, models, progress
 from lcc.calibrate import finite_activations
 from lcc.errors import DataError
 from lcc.evaluation import pick_device, placed
-from lcc.measurements import Store, cache_folder, content_key
+from lcc.measurements import Store, cache_folder, content_key, own_code
 from lcc.methods import AnyMethod
 from lcc.sensitivity import damages
 from lcc.specs import Frozen
@@ -57,8 +57,8 @@ def with_errors(
 ) -> ErrorTable:
     """Return options with the divergence that each is predicted to cause.
 
-    Options without a finite error are left out. What is kept is known by the network, its weights included,
-    and by the data set's place, size, labels and the images chosen from it; not by their pixels.
+    Options without a finite error are left out. What is kept is known by lcc's code, by the network, its
+    weights included, and by the images, see `lcc.data.state_of_images`.
     Raises: DataError: the images. ArtifactError: the cache can't be used. SourceError: no classifier.
     """
     store = Store(cache_folder(), "errors", _conditions(network, sites, calibration), Harm)
@@ -73,13 +73,13 @@ def with_errors(
             f"errors of {len(missing)} options on {calibration.images} images took as long as {passes:.0f} "
             "forward passes over them"
         )
-    priced = [
-        option.model_copy(update={"error": harm.divergence})
-        for option in options
-        if math.isfinite((harm := known[option.method, option.sites]).divergence)
-    ]
+    errors = [(option, known[option.method, option.sites].divergence) for option in options]
+    priced = [option.model_copy(update={"error": e}) for option, e in errors if math.isfinite(e)]
     if not priced:
         raise DataError(f"{calibration.data}: no option has a finite error; look at --mean and --std")
+    if lost := [option for option, e in errors if not math.isfinite(e)]:
+        example = f"{lost[0].method} at {', '.join(lost[0].sites)}"
+        settings.say(f"note: left out, without a finite error: {example} (and {len(lost) - 1} more options)")
     return ErrorTable(priced, {key: harm.relative_error for key, harm in known.items()}, cost)
 
 
@@ -133,6 +133,6 @@ def _conditions(network: Network, sites: tuple[Site, ...], calibration: Calibrat
         "preprocessing": loaded.preprocessing.model_dump(mode="json"),
         "data": calibration.model_dump(mode="json"),
         "place": str(Path(place).expanduser().resolve()),
-        "images": data.enough_images(calibration.data, calibration.images).fingerprint,
-        "lcc": __version__,
+        "images": data.state_of_images(calibration.data, calibration.images, calibration.seed),
+        "lcc": own_code(),
     }

@@ -37,7 +37,7 @@ class FitStore:
                     refuse_leftovers(folder)
                 if path.read_text(encoding="utf-8").strip() != key:
                     raise ArtifactError(
-                        f"{folder} has fits of another network, plan or set of images; remove the folder"
+                        f"{folder} has fits of another network, plan, set of images or lcc; remove the folder"
                     )
             folder.mkdir(parents=True, exist_ok=True)
             path.write_text(key + "\n", encoding="utf-8")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import onnxruntime
 import torch
 
-from lcc import __version__, progress
+from lcc import progress
 from lcc.blocks import dense
 from lcc.errors import CheckFailedError, SourceError
 from lcc.lowering import choose, example_for
 from lcc.measure import bench_onnx, bench_torch, check_device, device_name
-from lcc.measurements import Store
+from lcc.measurements import Store, own_code
 from lcc.methods import AnyMethod, LowCostOp, Method
 from lcc.onnx_export import layer_file
 from lcc.onnx_runtime import Device, Session
@@ -115,7 +115,7 @@ def conditions_of(timing: Timing) -> dict[str, object]:
         "threads": timing.threads,
         "batch": timing.batch,
         "torch": torch.__version__,
-        "lcc": __version__,
+        "lcc": own_code(),
     }
 
 

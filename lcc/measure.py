@@ -1,6 +1,7 @@
 """Latency of networks, ONNX files and single layers, with the conditions under which it was measured.
 
-Inputs, and the weights of single layers, are random: the time does not depend on them.
+Inputs, and the weights of single layers, are random: the time does not depend on them, but for a step that is
+lowered by what its weights allow (`rd_implicit`).
 """
 
 from __future__ import annotations

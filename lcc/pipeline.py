@@ -52,7 +52,7 @@ def plan(
 ) -> Inspection:
     """Return what `convert` with these rules would do. Raises: as `convert`, short of writing."""
     if calibration is not None:
-        data.open_train(calibration.data)
+        data.enough_images(calibration.data, calibration.images)
     network = settings.open(part)
     sites, _, decided = planned(network, rules, settings)
     return _inspection(network, sites, decided.groups[0].method, decided)

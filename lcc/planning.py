@@ -110,7 +110,7 @@ def _chosen(tables: Tables, targets: Sequence[Target], settings: Settings) -> Bu
     if not fitting:
         settings.say("note: what was chosen turned out slower than the target; trying the fastest there is")
         others = [target for target in targets if target.quantity != "latency"]
-        fitting = [_measured(floor(clock.scaled(tables.options), now, "latency", others), tables, clock)]
+        fitting = [_measured(floor(tables.options, now, "latency", others), tables, clock)]
     best = min(fitting, key=lambda trial: trial.choice.harm)
     if not _keeps(best.choice, now, targets):
         reached = amount("latency", best.choice.costs["latency"])

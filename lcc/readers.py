@@ -6,6 +6,7 @@ import gzip
 import math
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -14,8 +15,6 @@ from PIL import Image
 from lcc.errors import DataError, one_line
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
 
@@ -27,6 +26,9 @@ class Images(Protocol):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """Return image and label. Raises: DataError: the image is damaged."""
+
+    def state(self, index: int) -> bytes:
+        """Return what changes with the image, as far as that is known without opening it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Subset:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.images[int(self.indices[index])]
 
+    def state(self, index: int) -> bytes:
+        """What the image there has."""
+        return self.images.state(int(self.indices[index]))
+
 
 @dataclass(frozen=True)
 class Files:
@@ -56,6 +62,15 @@ class Files:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return _read_image(self.paths[index]), int(self.labels[index])
 
+    def state(self, index: int) -> bytes:
+        """Its file's name, size and time of change. Raises: DataError: it is gone."""
+        path = Path(self.paths[index])
+        try:
+            found = path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: can't be read: {one_line(error)}") from error
+        return f"{path.name} {found.st_size} {found.st_mtime_ns}".encode()
+
 
 @dataclass(frozen=True)
 class Array:
@@ -69,6 +84,10 @@ class Array:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.pixels[index]).convert("RGB"), int(self.labels[index])
+
+    def state(self, index: int) -> bytes:
+        """Its pixels."""
+        return bytes(self.pixels[index].tobytes())
 
 
 @dataclass(frozen=True)
@@ -87,6 +106,10 @@ class TimmReader:
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"{self.text}: image {index} can't be read: {one_line(error)}") from error
         return image.convert("RGB"), int(label)
+
+    def state(self, index: int) -> bytes:
+        """Nothing but its number."""
+        return str(index).encode()
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:

@@ -141,7 +141,9 @@ class Budget(Frozen):
             raise ValueError("data: goes with max_drop, which is measured there; targets need no labels")
         if self.targets and "minimise" in self.model_fields_set:
             raise ValueError("minimise: goes with max_drop; targets say what is to be small")
-        timed = self.minimise == "latency" or any(text.startswith("latency=") for text in self.targets)
+        timed = self.minimise == "latency" or any(
+            parse_target(text).quantity == "latency" for text in self.targets
+        )
         for name in ("runtime", "threads", "batch"):
             if name in self.model_fields_set and not timed:
                 raise ValueError(f"{name}: is about latency, which is no target here; leave it out")

@@ -65,7 +65,7 @@ def damages(
     """
     model.eval()
     device = device_of(model)
-    chunk = min(CHUNK, max(1, images_at_once(model, images) // (2 + DRAWS)))  # gradients stay alive, too
+    chunk = min(CHUNK, max(1, images_at_once(model, images) // (2 + 2 * DRAWS)))  # gradients stay alive, too
     parts = [part.to(device) for part in images.split(chunk)]
     with torch.no_grad():
         refuse_no_classes(model(parts[0]))  # the first is slower, and no unit
@@ -82,9 +82,9 @@ def damages(
             on_done(done)
     modules = {name: model.get_submodule(name) for trial in trials for name in trial.operators}
     wanted = _learn_moments(model, trials, parts)
-    generator = torch.Generator().manual_seed(seed)
-    for part in parts:
-        seen, slopes = _slopes(model, modules, part, generator)
+    chances = torch.rand(len(images), DRAWS, generator=torch.Generator().manual_seed(seed))
+    for part, chance in zip(parts, chances.split(chunk), strict=True):
+        seen, slopes = _slopes(model, modules, part, chance)
         with torch.no_grad():
             for trial in trials:
                 trial.take_in(seen, slopes, wanted)
@@ -201,9 +201,12 @@ def _learn_moments(
 
 
 def _slopes(
-    model: nn.Module, modules: Mapping[str, nn.Module], images: Tensor, generator: torch.Generator
+    model: nn.Module, modules: Mapping[str, nn.Module], images: Tensor, chances: Tensor
 ) -> tuple[Seen, Slopes]:
-    """Return every module's inputs and outputs, and the slopes at its outputs for each draw of labels."""
+    """Return every module's inputs and outputs, and the slopes at its outputs for each draw of labels.
+
+    `chances` (N, DRAWS), even in [0, 1), draw the labels from the predictions.
+    """
     seen: Seen = {name: [] for name in modules}
     outputs: list[tuple[str, Tensor]] = []
 
@@ -221,10 +224,12 @@ def _slopes(
         log_likelihoods = F.log_softmax(model(images), dim=1)
     if not log_likelihoods.isfinite().all():
         raise ValueError("the outputs are not finite")
+    shares = log_likelihoods.detach().cpu().double().exp().cumsum(1)
+    labels = torch.searchsorted(shares, chances.double() * shares[:, -1:], right=True)
+    labels = labels.clamp(max=shares.shape[1] - 1).to(images.device)
     drawn: list[tuple[Tensor, ...]] = []
     for draw in range(DRAWS):
-        labels = torch.multinomial(log_likelihoods.detach().exp().cpu(), 1, generator=generator)
-        chosen = log_likelihoods.gather(1, labels.to(images.device)).sum()
+        chosen = log_likelihoods.gather(1, labels[:, draw : draw + 1]).sum()
         more = draw < DRAWS - 1
         found = torch.autograd.grad(
             chosen, [y for _, y in outputs], retain_graph=more, allow_unused=True, materialize_grads=True

@@ -87,7 +87,7 @@ class Clock:
         self._table = measure_latencies(wanted, self.timing, cache=cache_folder())
         untimed: dict[str, list[str]] = {}
         for (place, method), reason in reasons(self.timing, cache=cache_folder()).items():
-            if place in wanted:
+            if place in wanted and (method is None or method in wanted[place]):
                 untimed.setdefault(str(method or "dense"), []).append(f"{place}: {reason}")
         for name, where in untimed.items():
             more = f" (and at {len(where) - 1} more places)" if len(where) > 1 else ""

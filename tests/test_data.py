@@ -51,6 +51,18 @@ def test_images_without_labels_may_lie_loose(tmp_path, folder):
         data.open_train(text)
 
 
+def test_the_state_of_images_changes_with_those_that_are_chosen(tmp_path):
+    text = image_folder(tmp_path / "files", {"": {"": 3}})
+    states = [data.state_of_images(text, count, seed) for count, seed in ((2, 0), (2, 0), (3, 0), (2, 1))]
+    assert len(set(states)) == 3
+    image_folder(tmp_path / "files", {"": {"": 3}}, side=9)
+    assert data.state_of_images(text, 2, 0) != states[0]
+    grey = idx_data(tmp_path / "arrays")
+    before = data.state_of_images(grey, 5)
+    idx_data(tmp_path / "arrays", side=9)
+    assert data.state_of_images(grey, 5) != before
+
+
 def test_grey_idx_images_become_rgb_with_their_labels(tmp_path):
     images = np.arange(2 * 4 * 5).reshape(2, 4, 5)
     write_idx(tmp_path / "t10k-images-idx3-ubyte", images)

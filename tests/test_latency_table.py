@@ -124,7 +124,6 @@ def test_other_conditions_are_measured_again(clock, tmp_path, change):
 @pytest.mark.parametrize(
     ("runtime", "name"),
     [
-        ("torch", "__version__"),
         ("torch", "torch.__version__"),
         ("onnx", "torch.__version__"),
         ("onnx", "onnxruntime.__version__"),
@@ -135,6 +134,12 @@ def test_another_version_is_measured_again(clock, tmp_path, monkeypatch, runtime
     measure_latencies({CONV: [MIX]}, timing, cache=tmp_path)
     monkeypatch.setattr(f"lcc.latency_table.{name}", "0.0.0")
     assert missing({CONV: [MIX]}, timing, cache=tmp_path) == 2
+
+
+def test_other_code_is_measured_again(clock, tmp_path, monkeypatch):
+    measure_latencies({CONV: [MIX]}, TORCH, cache=tmp_path)
+    monkeypatch.setattr(latency_table, "own_code", lambda: "another version")
+    assert missing({CONV: [MIX]}, TORCH, cache=tmp_path) == 2
 
 
 def test_another_processor_is_measured_again(clock, tmp_path, monkeypatch):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from small_data import idx_data
+from small_data import idx_data, image_folder
 
 from lcc import checkpoints, pipeline, whole_run
 from lcc.comparison import BenchOptions
 from lcc.directory import checkpoints_of, fits_of
-from lcc.errors import ArtifactError, RecipeError, SourceError, TrainingError
+from lcc.errors import ArtifactError, DataError, RecipeError, SourceError, TrainingError
 from lcc.export import Exported, Parity
 from lcc.fit_store import FitStore
 from lcc.methods.linear_mix import LinearMix
@@ -71,6 +71,13 @@ def test_random_weights_stay_random_when_a_recipe_converts_them(tmp_path, data):
     report = run(tmp_path / "out", model=NET, convert=RULES, calibrate=Calibrate(data=data, images=8))
     assert [row.random_weights for row in report.models] == [True, True]
     assert report.models[1].size_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+def test_a_dry_run_takes_the_images_that_convert_takes(tmp_path):
+    text = image_folder(tmp_path, {"": {"": 8}})
+    assert pipeline.plan(NET, RULES, SETTINGS, calibration=Calibrate(data=text, images=8)).rows
+    with pytest.raises(DataError, match="has 8 training images, 9 were asked for"):
+        pipeline.plan(NET, RULES, SETTINGS, calibration=Calibrate(data=text, images=9))
 
 
 def test_a_dry_run_shows_the_banks_that_are_made(tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from planning_setting import (
     FORM,
+    SETTINGS,
     converted,
     costs,
     counted_passes,  # noqa: F401  # the fixture `passes`

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from planning_setting import (
     FORM,
     SETTINGS,
@@ -14,7 +17,7 @@ from planning_setting import (
     network,
     planned,
 )
-from small_data import idx_data
+from small_data import idx_data, image_folder
 
 from lcc import error_table
 from lcc.errors import DataError
@@ -64,8 +67,10 @@ def test_slow_fits_that_were_done_survive_an_interruption(data, passes, monkeypa
     assert len(passes) > 3
 
 
-@pytest.mark.parametrize("change", ["weight", "statistics", "images", "seed", "data", "preprocessing"])
-def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change):
+@pytest.mark.parametrize(
+    "change", ["weight", "statistics", "images", "seed", "data", "code", "preprocessing"]
+)
+def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change, monkeypatch):
     options = {"methods": ("circulant",)}
     budget, calibration = Budget(targets=("macs=80%",), **options), Calibrate(data=data, images=16)
     plan_within(network(), budget, calibration, SETTINGS)
@@ -74,6 +79,8 @@ def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change)
         other.loaded.model.head.bias.data[0] += 1e-3
     elif change == "statistics":
         other.loaded.model.bn.running_var[0] += 1e-3
+    elif change == "code":
+        monkeypatch.setattr(error_table, "own_code", lambda: "another version")
     elif change == "preprocessing":
         form = FORM.model_copy(update={"std": (0.3, 0.3, 0.3)})
         loaded = Loaded(model=other.loaded.model, source=other.loaded.source, preprocessing=form)
@@ -84,6 +91,29 @@ def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change)
         calibration = calibration.model_copy(update={change: 15})
     plan_within(other, budget, calibration, SETTINGS)
     assert len(passes) == 2
+
+
+def test_other_images_under_the_same_names_are_looked_at_anew(tmp_path, passes):
+    text, options = image_folder(tmp_path, {"": {"": 12}}), {"images": 12, "methods": ("circulant",)}
+    for _ in range(2):
+        planned(text, "macs=80%", **options)
+    assert len(passes) == 1
+    Image.new("RGB", (8, 8)).save(tmp_path / "3.png")
+    planned(text, "macs=80%", **options)
+    assert len(passes) == 2
+
+
+def test_options_without_a_finite_error_are_told(data, passes, monkeypatch):
+    real, said = error_table.damages, []
+
+    def broken(*args, **keywords):
+        found = real(*args, **keywords)
+        return found._replace(entries=(found.entries[0]._replace(divergence=math.inf), *found.entries[1:]))
+
+    monkeypatch.setattr(error_table, "damages", broken)
+    planned(data, "macs=80%", settings=replace(SETTINGS, say=said.append))
+    (note,) = [text for text in said if "finite" in text]
+    assert re.fullmatch(r"note: left out, without a finite error: .* at .* \(and 0 more options\)", note)
 
 
 def test_planning_leaves_the_network_and_the_random_numbers_alone(data):
@@ -108,6 +138,15 @@ def test_predicted_errors_are_set_beside_true_ones(data):
     ).groups()
     assert int(count) >= len(report.parts)
     assert 0.5 < float(rank) <= 1
+
+
+def test_errors_are_checked_on_images_that_lie_loose(tmp_path):
+    text = image_folder(tmp_path, {"": {"": 24}})
+    budget = Budget(targets=("macs=80%",), methods=("circulant",))
+    report = plan_within(
+        network(), budget, Calibrate(data=text, images=12), SETTINGS, check_errors=True
+    ).report
+    assert "on 12 other images" in report.checked
 
 
 def test_too_few_images_to_check_errors_on_are_said_first(data):

@@ -168,6 +168,13 @@ def test_after_a_miss_the_choice_is_made_anew(data, machine):
     assert machine.timed[-1] == rules[:-1]
 
 
+def test_a_trial_that_was_timed_wrong_does_not_hide_the_fastest_network(data, machine):
+    saved = iter((0.5, -0.02, 0.5, 0.5, 0.5))
+    machine.together = lambda alone: next(saved) * alone
+    report = planned(data, "latency=9.8ms", methods=("linear_mix",)).report
+    assert report.then["latency"] <= 9.8
+
+
 def test_a_network_that_is_chosen_again_is_listed_once_as_it_was_predicted_at_first(data, machine):
     methods = ("linear_mix:group_size=2",)
     _, report = planned(data, "latency=9.95ms", methods=methods, include=("layer2.conv1",))
@@ -239,9 +246,10 @@ def test_a_network_that_nothing_makes_faster_is_refused_without_a_target_too(dat
 
 
 def test_a_latency_that_is_kept_already_bars_no_other_target(data, machine):
-    report = planned(data, "latency=11ms", "params=90%", methods=("shared", "circulant")).report
-    assert report.then["latency"] == NOW_MS
-    assert report.then["params"] <= 0.9 * report.now["params"]
+    for methods in (("shared", "circulant"), ("shared",)):
+        report = planned(data, "latency=11ms", "params=90%", methods=methods).report
+        assert report.then["latency"] == NOW_MS
+        assert report.then["params"] <= 0.9 * report.now["params"]
 
 
 def test_a_network_from_elsewhere_is_timed_for_itself(data, machine):
@@ -307,10 +315,13 @@ def test_layers_whose_times_were_not_steady_are_marked(data, machine):
 
 
 def test_what_cannot_be_timed_is_said_with_its_place(data, machine, monkeypatch):
-    (site,) = (site for site in sites_of(network()) if site.name == "down")
+    (site,) = (site for site in sites_of(network()) if site.name == "layer2.conv1")
     place = Place(spec=site.spec, size=site.sizes[0])
     monkeypatch.setattr(whole_latency, "reasons", lambda *_, **__: {(place, SLOW): "too wide"})
     said = []
     planned(data, "latency=9ms", settings=replace(SETTINGS, say=said.append))
     (note,) = [text for text in said if "can't be timed" in text]
     assert note == f"note: {SLOW} can't be timed and is left out at {place}: too wide"
+    said.clear()
+    planned(data, "latency=9ms", methods=("linear_mix",), settings=replace(SETTINGS, say=said.append))
+    assert not [text for text in said if "can't be timed" in text]
