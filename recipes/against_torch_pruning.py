@@ -4,10 +4,11 @@ python recipes/against_torch_pruning.py -o runs/against --networks 20 32 --ratio
 
 Run it in a folder with data/ and weights/ as cifar10-resnet20-dense.toml says. For every network and
 seed, the dense network is fine-tuned (`dense`). It then teaches the others, which all get as many epochs
-again, all as cifar10-resnet20-budget.toml says: itself (`again`), lcc's plan for each ratio (`lcc-2.1`), and
-torch-pruning's network (`pruned-2.1`). All are timed together in ONNX Runtime; the table is printed, and
-kept in OUT/table.md. It goes on where it was stopped. `--jobs` trains so many at once; `--rows` trains
-some rows only. A row takes 20 to 40 minutes on one CPU core. Needs `pip install torch-pruning`.
+again, all as cifar10-resnet20-budget.toml says: itself (`again`), lcc's plan for each ratio (`lcc-2.1`),
+and torch-pruning's network (`pruned-2.1`; with `--rows global-2.1`, too, as its weaker ranking leaves
+it). All are timed together in ONNX Runtime; the table is printed, and kept in OUT/table.md. It goes on
+where it was stopped, on the same terms. `--jobs` trains so many at once; `--rows` trains some rows only.
+A row takes 20 to 40 minutes on one CPU core. Needs `pip install torch-pruning`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ HERE = Path(__file__).parent
 BUDGET = HERE / "cifar10-resnet20-budget.toml"
 WEIGHTS = {20: "weights/resnet20-12fca82f.th", 32: "weights/resnet32-d509ac18.th"}
 ROUNDS = 30
+PRUNED = {"pruned": "isomorphic", "global": "global"}  # how torch-pruning ranks
 
 
 def command(row: str, folder: Path, layers: int, seed: int, given: argparse.Namespace) -> list[str]:
@@ -45,20 +47,29 @@ def command(row: str, folder: Path, layers: int, seed: int, given: argparse.Name
         target = f'budget.targets=["macs={100 / float(ratio):.2f}%"]'
         terms += [dense, target, f'teacher.source="{folder / "dense"}"']
         words = ["lcc", "run", f"{BUDGET}"]
-    elif kind == "pruned":
+    elif kind in PRUNED:
         terms += [dense]
         words = [sys.executable, f"{HERE}/torch_pruning_baseline.py", f"{BUDGET}", ratio]
+        words += ["--rank", PRUNED[kind]]
     else:
         tune = load(BUDGET, tuple(terms)).finetune.model_dump(mode="json", exclude_defaults=True)
         data = tune.pop("data")
         terms = [f"{key}={json.dumps(value)}" for key, value in tune.items()]
         words = ["lcc", "finetune", f"{folder / 'dense'}", f"--teacher={folder / 'dense'}", f"--data={data}"]
     options = ["-o", f"{folder / row}", "--threads", f"{given.threads}", "--resume"]
-    if kind != "pruned":
+    if kind not in PRUNED:
         options += ["--workers", "0"]
     if words[1] == "run":
         options += ["--no-latency"]
     return [*words, *options, *(f"--set={term}" for term in terms)]
+
+
+def terms_of(words: list[str]) -> str:
+    """Return what a row's numbers depend on: its command, and what the recipe that it names says."""
+    said = [word.replace(f"{HERE}/", "").replace(sys.executable, "python") for word in words]
+    sets = tuple(word.removeprefix("--set=") for word in words if word.startswith("--set="))
+    recipes = [load(word, sets).model_dump(mode="json") for word in words if word.endswith(".toml")]
+    return json.dumps({"command": said, "recipes": recipes}, indent=1)
 
 
 def done(row: str, folder: Path) -> bool:
@@ -66,12 +77,19 @@ def done(row: str, folder: Path) -> bool:
 
 
 def train(rows: list[str], layers: int, seed: int, given: argparse.Namespace) -> None:
-    """Train what is missing of a network's rows for one seed. Raises: SystemExit: one failed; its log."""
+    """Train what is missing of a network's rows for one seed.
+
+    Raises: SystemExit: one failed, with its log; one that is there was made on other terms.
+    """
     folder = given.out / f"resnet{layers}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows:
+        words = command(row, folder, layers, seed, given)
+        begun, now = folder / f"{row}.terms.json", terms_of(words)
+        if begun.exists() and begun.read_text() != now:
+            raise SystemExit(f"{begun}: begun on other terms than these; give another -o, or remove {folder}")
+        begun.write_text(now)
         if not done(row, folder):
-            words = command(row, folder, layers, seed, given)
             print("$", *words, flush=True)
             with (folder / f"{row}.log").open("a") as log:
                 failed = subprocess.run(words, check=False, stdout=log, stderr=log).returncode
@@ -81,7 +99,7 @@ def train(rows: list[str], layers: int, seed: int, given: argparse.Namespace) ->
 
 def numbers(row: str, folder: Path) -> dict[str, float]:
     """Return the costs of a trained row, and its top-1 after the last epoch."""
-    if row.startswith("pruned"):
+    if row.partition("-")[0] in PRUNED:
         kept = json.loads((folder / f"{row}.json").read_text())
         return {"macs": kept["macs"], "params": kept["params"], "top1": kept["top1_by_epoch"][-1]}
     loaded, manifest, _ = artifact.load(folder / row)
@@ -150,14 +168,15 @@ def main() -> None:
         "again",
         *(f"{kind}-{ratio}" for ratio, kind in product(given.ratios, ("lcc", "pruned"))),
     ]
-    if unknown := set(given.rows or ()) - set(rows):
-        parser.error(f"--rows: {', '.join(sorted(unknown))}: there are {', '.join(rows)}")
-    wanted = [row for row in rows if given.rows is None or row in given.rows]
+    more = [f"global-{ratio}" for ratio in given.ratios]
+    if unknown := set(given.rows or ()) - {*rows, *more}:
+        parser.error(f"--rows: {', '.join(sorted(unknown))}: there are {', '.join((*rows, *more))}")
+    wanted = rows if given.rows is None else [row for row in (*rows, *more) if row in given.rows]
     with ThreadPoolExecutor(given.jobs) as pool:
         chains = [pool.submit(train, wanted, *one, given) for one in product(given.networks, given.seeds)]
     for chain in chains:
         chain.result()
-    lines = [line for layers in given.networks for line in table(rows, layers, given)]
+    lines = [line for layers in given.networks for line in table([*rows, *more], layers, given)]
     (given.out / "table.md").write_text("\n".join(lines))
     print(*lines, sep="\n")
 

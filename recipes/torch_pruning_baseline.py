@@ -2,12 +2,13 @@
 
 python recipes/torch_pruning_baseline.py recipes/cifar10-resnet20-budget.toml 2.1 -o pruned
 
-Prunes the network that the recipe names, an lcc directory, to so many times fewer MACs, a few channels at a
-time. Channels are ranked by the L2 norms of their groups, among groups of one shape (isomorphic pruning, of
-the package's authors, arXiv:2407.04616), or with `--rank global` all together, which starves the narrow first
-stage. Trains what is left as the recipe's [finetune] says, with the unpruned network as the teacher, and
-writes OUT.onnx, and OUT.json: its costs and its accuracy by epoch. `--resume` goes on, `--set` is that of
-`lcc run`. Needs `pip install torch-pruning`.
+Prunes the network that the recipe names, an lcc directory, to so many times fewer MACs, a few channels
+at a time. Channels are ranked by the L2 norms of their groups, among groups of one shape (isomorphic
+pruning, of the package's authors, arXiv:2407.04616), or with `--rank global` all together, which starves
+the narrow first stage. The 1x1 convolutions that stand for padding shortcuts count there, by their ones.
+Trains what is left as the recipe's [finetune] says, with the unpruned network as the teacher, and writes
+OUT.onnx, and OUT.json: its costs and its accuracy by epoch. `--resume` goes on, `--set` is that of `lcc
+run`. Needs `pip install torch-pruning`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from lcc.counts import count_macs, count_params
 from lcc.export import to_onnx
 from lcc.plan import Plan
 from lcc.recipe_file import load
+from lcc.written_files import written_at_once
 from lcc.zoo import Subsample
 
 
@@ -132,12 +134,17 @@ def main() -> None:
     )
     to_onnx(replace(loaded, model=model), Path(f"{given.out}.onnx"), Plan())
     numbers = {
+        "ratio": given.ratio,
+        "rank": given.rank,
+        "options": recipe.finetune.model_dump(mode="json"),
+        "precision": result.precision,
         "versions": {"lcc": lcc.__version__, "torch_pruning": tp.__version__, "torch": torch.__version__},
         "macs": count_macs(model, example).macs,
         "params": count_params(model),
         "top1_by_epoch": [epoch.accuracy.top1 for epoch in result.history],
     }
-    Path(f"{given.out}.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    with written_at_once(Path(f"{given.out}.json")) as path:
+        path.write_text(json.dumps(numbers, indent=2) + "\n")
     checkpoints.discard(kept)
 
 

@@ -38,6 +38,32 @@ def test_every_row_trains_alike(row):
     assert own == others.model_copy(update={"seed": 2, "distill": distill})
 
 
+@pytest.mark.parametrize(("row", "rank"), [("pruned-2.6", "isomorphic"), ("global-2.6", "global")])
+def test_torch_pruning_ranks_as_the_row_says(row, rank):
+    found = words(row)
+    assert found[found.index("--rank") + 1] == rank
+
+
+def test_a_row_that_was_begun_on_other_terms_is_refused(tmp_path, monkeypatch):
+    given, ran = Namespace(out=tmp_path, epochs=10, threads=1), []
+
+    class Done:
+        returncode = 0
+
+    def run(command, **_):
+        ran.append(command)
+        (tmp_path / "resnet20-seed0" / "pruned-2.6.json").write_text("{}")
+        return Done
+
+    monkeypatch.setattr(SCRIPT["subprocess"], "run", run)
+    for _ in range(2):
+        SCRIPT["train"](["pruned-2.6"], 20, 0, given)
+    assert len(ran) == 1
+    given.epochs = 1
+    with pytest.raises(SystemExit, match=r"pruned-2\.6\.terms\.json: begun on other terms"):
+        SCRIPT["train"](["pruned-2.6"], 20, 0, given)
+
+
 @pytest.mark.parametrize("row", ["lcc-2.1", "lcc-2.6", "pruned-2.6"])
 def test_the_dense_network_of_the_seed_is_what_is_made_smaller_and_what_teaches(row):
     assert recipe(row).model.source == str(FOLDER / "dense")
