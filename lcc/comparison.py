@@ -15,6 +15,7 @@ from lcc.evaluation import Accuracy, evaluate
 from lcc.export import to_onnx
 from lcc.manifest import versions
 from lcc.measure import Bench, bench_layers, bench_onnx, bench_torch
+from lcc.methods import LowCostOp
 from lcc.operator_timing import sweep_operators
 from lcc.plan import Site
 from lcc.report import ModelRow, Report
@@ -175,13 +176,15 @@ def _layer_times(
         )
         for layer in row.layers
     )
+    found = {site.name: network.loaded.model.get_submodule(site.name) for site in sites}
+    operators = {name: operator for name, operator in found.items() if isinstance(operator, LowCostOp)}
     layers = row.layers
     conditions: list[Conditions] = []
     for wanted, onnx, key in ((options.torch, False, "torch"), (options.onnx, True, "onnx")):
         if wanted:
             timed = bench_layers(
                 sites,
-                network.plan,
+                operators,
                 onnx=onnx,
                 batch=options.batch,
                 threads=options.threads,

@@ -1,7 +1,6 @@
 """Latency of networks, ONNX files and single layers, with the conditions under which it was measured.
 
-Inputs, and the weights of single layers, are random: the time does not depend on them, but for a step that is
-lowered by what its weights allow (`rd_implicit`).
+Inputs and the weights of dense layers are random: the time does not depend on them.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from lcc.timing import ROUNDS, RUNS, Latency, Speedup, interleave, seconds_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from lcc.methods import Method
+    from lcc.methods import LowCostOp, Method
     from lcc.onnx_runtime import Array
-    from lcc.plan import Plan, Site
+    from lcc.plan import Site
     from lcc.timing import Call
 
 
@@ -140,24 +139,33 @@ def bench_onnx(
 
 
 def bench_layers(
-    sites: Iterable[Site], plan: Plan, *, onnx: bool, batch: int = 1, threads: int = 1, rounds: int = ROUNDS
+    sites: Iterable[Site],
+    operators: Mapping[str, LowCostOp],
+    *,
+    onnx: bool,
+    batch: int = 1,
+    threads: int = 1,
+    rounds: int = ROUNDS,
 ) -> LayerBench:
-    """Time, for every site that the plan converts, the dense convolution against its operator, each alone.
+    """Time the operators of sites, by the sites' names, against the dense convolutions, each alone.
 
     At the input size of the site's first call, on the CPU, in ONNX Runtime (`onnx`, through the same export
-    as a whole network) or eager torch. Sites alike in shape, size and method are timed once. Alone, a layer
-    has nothing to fuse with and pays for its own memory layout, so the sum is not the network's time.
+    as a whole network) or eager torch. Sites alike in shape, size and method are timed once, with the first
+    one's weights. Alone, a layer has nothing to fuse with and pays for its own memory layout, so the sum is
+    not the network's time.
     """
-    methods = plan.methods()
     timed: dict[tuple[ConvSpec | StepSpec, Size, Method], LayerLatency] = {}
     layers: dict[str, LayerLatency] = {}
     conditions = None
     for site in sites:
-        if site.name not in methods or not site.sizes:
+        if site.name not in operators or not site.sizes:
             continue
-        key = (site.spec, site.sizes[0], methods[site.name])
+        operator = operators[site.name]
+        key = (site.spec, site.sizes[0], operator.method)
         if key not in timed:
-            bench = _bench_pair(*key, onnx=onnx, batch=batch, threads=threads, rounds=rounds)
+            bench = _bench_pair(
+                site.spec, site.sizes[0], operator, onnx=onnx, batch=batch, threads=threads, rounds=rounds
+            )
             speedup = bench.speedups["after"]
             timed[key] = LayerLatency(**bench.latencies, speedup=speedup, slower=speedup.median < 1)
             conditions = bench.conditions
@@ -196,7 +204,7 @@ def device_name(device: Device) -> str:
 def _bench_pair(
     spec: ConvSpec | StepSpec,
     size: Size,
-    method: Method,
+    operator: LowCostOp,
     *,
     onnx: bool,
     batch: int,
@@ -204,7 +212,7 @@ def _bench_pair(
     rounds: int,
 ) -> Bench:
     example = example_for(spec, size, batch)
-    before, after = dense(spec), method.build(spec).eval()
+    before, after = dense(spec), copy.deepcopy(operator).cpu().eval()
     if not onnx:
         return bench_torch({"before": before, "after": after}, example, threads=threads, rounds=rounds)
     pair = {"before": before, "after": choose(after, size).module}

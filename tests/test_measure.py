@@ -8,13 +8,13 @@ from lcc.errors import RecipeError
 from lcc.measure import bench_layers, bench_onnx, bench_torch
 from lcc.methods.linear_mix import LinearMix
 from lcc.methods.reaction_diffusion import RdExplicit, RdImplicit
-from lcc.plan import Group, Plan, Site
+from lcc.plan import Site
 from lcc.specs import ConvSpec, Size, StepSpec
 from lcc.timing import Latency, Speedup
 
 SPEC = ConvSpec(in_channels=16, out_channels=16, kernel_size=(3, 3), padding=(1, 1))
 SITES = tuple(Site(name=name, spec=SPEC, sizes=(Size(height=7, width=9),)) for name in ("a", "b", "kept"))
-PLAN = Plan(groups=(Group(method=LinearMix(), sites=("a", "b")),))
+OPERATORS = {name: LinearMix().build(SPEC) for name in ("a", "b")}
 STEP = StepSpec(channels=16, convs=(SPEC, SPEC), norm_params=64, post="relu")
 CONV = "(float[N,3,{size},{size}] x) => (float[N,8,{size},{size}] y) {{ y = Conv<pads=[1,1,1,1]>(x, w) }}"
 
@@ -53,7 +53,7 @@ def test_a_gpu_that_torch_does_not_find_is_one_line():
 
 @pytest.mark.parametrize("onnx", [False, True])
 def test_every_converted_site_is_timed_against_its_dense_original(onnx):
-    bench = bench_layers(SITES, PLAN, onnx=onnx)
+    bench = bench_layers(SITES, OPERATORS, onnx=onnx)
     assert list(bench.layers) == ["a", "b"]
     layer = bench.layers["a"]
     assert layer.before.runs == layer.after.runs >= 30
@@ -67,15 +67,22 @@ def test_a_residual_step_is_timed_against_the_block_that_it_was(onnx):
         Site(name=name, kind="step", spec=STEP, sizes=(Size(height=14, width=14),))
         for name in ("explicit", "implicit")
     )
-    plan = Plan(
-        groups=(
-            Group(method=RdExplicit(), sites=("explicit",)),
-            Group(method=RdImplicit(), sites=("implicit",)),
-        )
-    )
-    bench = bench_layers(sites, plan, onnx=onnx)
+    operators = {"explicit": RdExplicit().build(STEP), "implicit": RdImplicit().build(STEP)}
+    bench = bench_layers(sites, operators, onnx=onnx)
     assert list(bench.layers) == ["explicit", "implicit"]
     assert all(layer.after.runs >= 30 for layer in bench.layers.values())
+
+
+def test_the_weights_that_are_there_decide_what_is_timed(monkeypatch):
+    seen, operator = [], RdImplicit().build(STEP)
+    real = measure.choose
+    monkeypatch.setattr(measure, "choose", lambda op, size: seen.append(op) or real(op, size))
+    site = Site(name="implicit", kind="step", spec=STEP, sizes=(Size(height=14, width=14),))
+    with torch.no_grad():
+        for parameter in operator.parameters():
+            parameter.add_(0.25)
+    bench_layers((site,), {"implicit": operator}, onnx=True)
+    assert all(torch.equal(a, b) for a, b in zip(seen[0].parameters(), operator.parameters(), strict=True))
 
 
 def fixed(monkeypatch, before, after):
@@ -97,18 +104,18 @@ def fixed(monkeypatch, before, after):
 @pytest.mark.parametrize(("before", "after", "slower"), [(1.0, 1.1, True), (1.1, 1.0, False)])
 def test_a_layer_that_got_slower_is_flagged(monkeypatch, before, after, slower):
     fixed(monkeypatch, before, after)
-    assert bench_layers(SITES, PLAN, onnx=False).layers["a"].slower is slower
+    assert bench_layers(SITES, OPERATORS, onnx=False).layers["a"].slower is slower
 
 
 def test_sites_alike_are_timed_once(monkeypatch):
     timed = fixed(monkeypatch, 2.0, 1.0)
     other = SITES[1].model_copy(update={"sizes": (Size(height=8, width=9),)})
-    bench_layers(SITES, PLAN, onnx=False)
+    bench_layers(SITES, OPERATORS, onnx=False)
     assert len(timed) == 1
-    bench_layers((SITES[0], other), PLAN, onnx=False)
+    bench_layers((SITES[0], other), OPERATORS, onnx=False)
     assert len(timed) == 3
 
 
 def test_a_plan_without_a_layer_to_time_is_refused():
     with pytest.raises(RecipeError, match="no layer to time"):
-        bench_layers(SITES, Plan(), onnx=False)
+        bench_layers(SITES, {}, onnx=False)
