@@ -89,11 +89,14 @@ def obstacles(
         if kinds:
             reason = site.why_not(_members(kinds[0], site)[0]) or "would save none of it"
             counts[reason.partition(" (")[0].partition(":")[0]] += 1
-    if named and not counts:
-        name = named[0].name
-        return f"none of the methods takes {name} as a whole; its convolutions are --include '{name}.*'"
-    listed = "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
     left = " that --include and --exclude leave" if include or exclude else ""
+    if named and not counts:
+        block = named[0].name
+        return (
+            f"the methods replace convolutions, and {block} is a whole block; its convolutions are "
+            f"--include '{block}.*'"
+        )
+    listed = "; ".join(f"{count} x {reason}" for reason, count in counts.most_common(3))
     return f"no method takes any of its {counts.total()} sites{left} ({listed})"
 
 

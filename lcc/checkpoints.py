@@ -76,10 +76,10 @@ def refuse_leftovers(directory: Path) -> None:
 
 def discard(directory: Path) -> None:
     """Remove the checkpoints in a folder; what lcc did not write there stays, and so does the folder then."""
-    for checkpoint in directory.glob("step-*"):
+    for checkpoint in directory.glob("step-[0-9]*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
-    for pointer in directory.glob(f"{POINTER}*"):
-        pointer.unlink()
+    for name in (POINTER, f"{POINTER}{UNFINISHED}"):
+        (directory / name).unlink(missing_ok=True)
     with suppress(OSError):
         directory.rmdir()
 

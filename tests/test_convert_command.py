@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ((*DRY, *IMAGES, "--target", "macs=1%"), "satisfiable: no; the floor is"),
         (
             (*DRY, *IMAGES, "--target", "macs=90%", "--include", "layer1.0"),
-            "none of the methods takes layer1.0 as a whole; its convolutions are --include 'layer1.0.*'",
+            "layer1.0 is a whole block; its convolutions are --include 'layer1.0.*'",
         ),
         ((*DRY, *IMAGES, "--target", "macs=1G"), "has its targets already"),
         ((*DRY, *IMAGES, *TARGET, "--save-plan", "nowhere/plan.toml"), "nowhere/plan.toml can't be written"),
