@@ -265,11 +265,13 @@ def _least_harm(
     found = _search(fitting, now, limits) or found
     if all(option.penalty is None for option in fitting):
         return found
+    gap = found.gap  # of the harm: what the search is about
     for _ in range(2):  # as for the harm, the error found first is the unit of the second search
         equal = _search(fitting, now, limits, least="error", most_harm=found.harm * (1 + GAP))
         if equal is None:
             break
-        found, fitting = equal, [option for option in fitting if option.error <= equal.error]
+        found = equal._replace(gap=gap)
+        fitting = [option for option in fitting if option.error <= equal.error]
     return found
 
 

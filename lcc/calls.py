@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lcc.errors import SourceError, first_line
+from lcc.errors import cannot_run
 from lcc.specs import Size, StepSpec
 from lcc.tracing import evaluating
 
@@ -220,11 +220,7 @@ def _run(model: nn.Module, example: Tensor, handles: list[Any]) -> Any:
         try:
             return model(example.clone())  # a first layer in place must not change the next run
         except Exception as error:
-            shape = "x".join(str(n) for n in example.shape)
-            raise SourceError(
-                f"the network can't run on a {shape} input ({first_line(error)}); "
-                "give it another --image-size"
-            ) from error
+            raise cannot_run(example.shape, error) from error
         finally:
             for handle in handles:
                 handle.remove()

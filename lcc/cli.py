@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,7 +46,6 @@ app = typer.Typer(
 # click's own, or the copy that newer versions of typer carry
 USAGE_ERROR: Any = typer.BadParameter.__bases__[0]
 INTERRUPTED = 130
-Form = Literal["table", "json", "csv", "md"]
 
 
 @app.callback(invoke_without_command=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcc.batches import eval_batches
 from lcc.counts import count_macs, fvcore_macs
-from lcc.errors import RecipeError
+from lcc.errors import CheckFailedError, RecipeError
 from lcc.evaluation import Accuracy, evaluate
 from lcc.export import to_onnx
 from lcc.manifest import versions
@@ -79,6 +79,9 @@ def on_data(text: str, part: str) -> str:
 def bench(parts: tuple[ModelPart, ...], settings: Settings, options: BenchOptions) -> tuple[Bench, ...]:
     """Time lcc directories, sources and ONNX files against each other, the first being the baseline."""
     settings.check_bench_device()
+    names = [part.source for part in parts]
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(f"{again} is named twice; to see the noise, compare it with a copy of it")
     files = {part.source: Path(part.source) for part in parts if part.source.endswith(".onnx")}
     networks = {part.source: settings.open(part) for part in parts if part.source not in files}
     for target, path in files.items():
@@ -124,33 +127,41 @@ def timed_report(
 ) -> Report:
     """Return a report of the rows with latencies measured as `options` say.
 
-    `untimed` names a row whose latency is that of another one, since both compute the same way.
+    Where ONNX Runtime can't have a network, a note says so. `untimed` names a row whose latency is that of
+    another one, since both compute the same way.
     """
     if options is None:
         return plain_report(rows)
-    conditions: list[Conditions] = []
     # by number, since two may have one name
     keyed = {str(n): network for n, network in enumerate(networks) if network.name != untimed}
-    updates: list[dict[str, object]] = [{} for _ in rows]
+    benches: dict[str, Bench] = {}
+    notes: tuple[str, ...] = ()
     if options.torch:
-        bench = _bench_torch(keyed, options, settings)
-        conditions.append(bench.conditions)
-        for key in keyed:
-            updates[int(key)] |= {"torch": bench.latencies[key], "torch_speedup": bench.speedups.get(key)}
+        benches["torch"] = _bench_torch(keyed, options, settings)
     if options.onnx:
-        with tempfile.TemporaryDirectory() as folder:
-            files = {key: _exported(n, Path(folder) / f"{key}.onnx") for key, n in keyed.items()}
-            bench = _bench_onnx(files, options, settings)
-        conditions.append(bench.conditions)
-        for key in keyed:
-            updates[int(key)] |= {"onnx": bench.latencies[key], "onnx_speedup": bench.speedups.get(key)}
-    if options.layers:
-        for update, row, network in zip(updates, rows, networks, strict=True):
-            if row.layers:
-                update["layers"], layer_conditions = _layer_times(row, network, options)
-                conditions += layer_conditions
-    timed = tuple(row.model_copy(update=update) for row, update in zip(rows, updates, strict=True))
-    return plain_report(timed).model_copy(update={"conditions": tuple(conditions)})
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                files = {key: _exported(n, Path(folder) / f"{key}.onnx") for key, n in keyed.items()}
+                benches["onnx"] = _bench_onnx(files, options, settings)
+        except (CheckFailedError, RecipeError) as error:  # what else was found out is worth having
+            notes = (f"not timed in ONNX Runtime: {error}",)
+            options = replace(options, onnx=False)
+    conditions = [bench.conditions for bench in benches.values()]
+    timed = []
+    for number, (row, network) in enumerate(zip(rows, networks, strict=True)):
+        update: dict[str, object] = {}
+        for runtime, bench in benches.items():
+            if (key := str(number)) in keyed:
+                update |= {
+                    runtime: bench.latencies[key],
+                    f"{runtime}_speedup": bench.speedups.get(key),
+                }
+        if options.layers and row.layers:
+            update["layers"], of_layers = _layer_times(row, network, options, settings)
+            conditions += of_layers
+        timed.append(row.model_copy(update=update))
+    report = plain_report(tuple(timed))
+    return report.model_copy(update={"conditions": tuple(conditions), "notes": notes})
 
 
 def cross_checks(networks: list[Network]) -> tuple[str, ...]:
@@ -165,7 +176,7 @@ def cross_checks(networks: list[Network]) -> tuple[str, ...]:
 
 
 def _layer_times(
-    row: ModelRow, network: Network, options: BenchOptions
+    row: ModelRow, network: Network, options: BenchOptions, settings: Settings
 ) -> tuple[tuple[LayerRow, ...], list[Conditions]]:
     sites = tuple(
         Site(
@@ -188,6 +199,7 @@ def _layer_times(
                 onnx=onnx,
                 batch=options.batch,
                 threads=options.threads,
+                device=settings.bench_device,
                 rounds=options.rounds,
             )
             conditions.append(timed.conditions)
@@ -196,10 +208,9 @@ def _layer_times(
 
 
 def _bench_torch(networks: dict[str, Network], options: BenchOptions, settings: Settings) -> Bench:
-    example = next(iter(networks.values())).example.expand(options.batch, -1, -1, -1).contiguous()
     return bench_torch(
         {name: network.loaded.model for name, network in networks.items()},
-        example,
+        {name: network.example.repeat(options.batch, 1, 1, 1) for name, network in networks.items()},
         threads=options.threads,
         device=settings.bench_device,
         rounds=options.rounds,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lcc.errors import cannot_run
 from lcc.methods import LowCostOp
 from lcc.specs import Frozen, Size, fft_macs
 from lcc.tracing import evaluating
@@ -81,6 +82,7 @@ def count_macs(model: nn.Module, example: Tensor) -> MacCount:
     """Count by running the model on the first image of `example` (N, C, H, W) in eval mode.
 
     Low-cost operators are counted by their method's formula, everything else by what it is made of.
+    Raises: SourceError: the model can't run on the example.
     """
     macs: dict[str, int] = {}
     uncounted: dict[str, str] = {}
@@ -91,10 +93,11 @@ def count_macs(model: nn.Module, example: Tensor) -> MacCount:
     operators = {name: operator for name, operator in known.items() if operator not in parts}
 
     def note(name: str, rule: Callable[[Any, Tensor, Tensor], int] | None) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             called.add(module)
             if rule is not None:
-                macs[name] = macs.get(name, 0) + rule(module, inputs[0], output)
+                x = next(iter((*inputs, *named.values())))
+                macs[name] = macs.get(name, 0) + rule(module, x, output)
             elif not isinstance(module, FREE):
                 uncounted[name] = type(module).__name__
 
@@ -103,13 +106,15 @@ def count_macs(model: nn.Module, example: Tensor) -> MacCount:
     holders = {name: module for name, module in model.named_modules() if _holds_parameters(module)}
     handles = []
     for name, operator in operators.items():
-        handles.append(operator.register_forward_hook(note(name, _by_formula)))
+        handles.append(operator.register_forward_hook(note(name, _by_formula), with_kwargs=True))
     for name, module in holders.items():
         if module not in inside:
-            handles.append(module.register_forward_hook(note(name, _rule(module))))
+            handles.append(module.register_forward_hook(note(name, _rule(module)), with_kwargs=True))
     try:
         with evaluating(model):
             model(example[:1])
+    except Exception as error:  # the network's own
+        raise cannot_run(example[:1].shape, error) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from lcc import data, models, progress
 from lcc.calibrate import finite_activations
 from lcc.errors import DataError
@@ -135,4 +137,5 @@ def _conditions(network: Network, sites: tuple[Site, ...], calibration: Calibrat
         "place": str(Path(place).expanduser().resolve()),
         "images": data.state_of_images(calibration.data, calibration.images, calibration.seed),
         "lcc": own_code(),
+        "torch": torch.__version__,
     }

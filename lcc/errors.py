@@ -14,7 +14,10 @@ LccError                  2   your input: one line says what, where, what to do 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class LccError(Exception):
@@ -67,6 +70,21 @@ def one_line(error: object) -> str:
     """Return another's error in its own words, shortened to a clause."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 160 else text[:157] + "..."
+
+
+def cannot_run(shape: Sequence[int], error: BaseException) -> SourceError:
+    """Return the refusal of a network that another error says can't run on an input of a shape."""
+    size = "x".join(map(str, shape))
+    return SourceError(
+        f"the network can't run on a {size} input ({first_line(error)}); give it another --image-size"
+    )
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """Return the error that all the others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def first_line(error: BaseException) -> str:

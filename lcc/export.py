@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lcc import __version__
-from lcc.errors import CheckFailedError, RecipeError, SourceError, first_line
+from lcc.errors import CheckFailedError, RecipeError, cannot_run, first_line
 from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.lowering import lower_
 from lcc.manifest import FORMAT
@@ -135,8 +135,7 @@ def _run(network: nn.Module, images: list[Tensor]) -> list[list[Array]]:
     try:
         return [[y.numpy() for y in pytree.tree_leaves(network(x)) if isinstance(y, Tensor)] for x in images]
     except (RuntimeError, ValueError, TypeError) as error:
-        shape = "x".join(map(str, images[0].shape))
-        raise SourceError(f"the network can't run on a {shape} input: {first_line(error)}") from error
+        raise cannot_run(images[0].shape, error) from error
 
 
 def _run_and_see_sizes(

@@ -24,7 +24,7 @@ from lcc.specs import ConvSpec, Frozen, Size, StepSpec
 from lcc.timing import ROUNDS, RUNS, Latency, Speedup, interleave, seconds_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from lcc.methods import LowCostOp, Method
     from lcc.onnx_runtime import Array
@@ -79,20 +79,21 @@ class LayerBench(Frozen):
 
 def bench_torch(
     models: Mapping[str, nn.Module],
-    example: Tensor,
+    example: Tensor | Mapping[str, Tensor],
     *,
     threads: int = 1,
     device: Device = "cpu",
     rounds: int = ROUNDS,
 ) -> Bench:
-    """Time copies of models in eager torch, eval mode, on `example` (N, C, H, W); the first is the baseline.
+    """Time copies of models in eager torch, eval mode; the first is the baseline.
 
+    `example` (N, C, H, W) is what they see, all the same or each its own.
     Raises: RecipeError: the device can't be had, or too few rounds.
     """
     check_device(device)
-    on_device = example.to(device)
+    examples = dict.fromkeys(models, example) if isinstance(example, Tensor) else example
     copies = {name: copy.deepcopy(model).to(device).eval() for name, model in models.items()}
-    calls = {name: _torch_call(model, on_device) for name, model in copies.items()}
+    calls = {name: _torch_call(model, examples[name].to(device)) for name, model in copies.items()}
     with _torch_threads(threads), torch.inference_mode():
         latencies, speedups = interleave(calls, rounds=rounds, wait=_wait(device))
     conditions = Conditions(
@@ -100,9 +101,9 @@ def bench_torch(
         version=torch.__version__,
         device=device_name(device),
         threads=threads,
-        batch=len(example),
-        image_size=f"{example.shape[-2]}x{example.shape[-1]}",
-        dtype=str(example.dtype).removeprefix("torch."),
+        batch=len(next(iter(examples.values()))),
+        image_size=_sizes(x.shape for x in examples.values()),
+        dtype=" / ".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in examples.values())),
         rounds=rounds,
     )
     return Bench(conditions=conditions, latencies=latencies, speedups=speedups)
@@ -124,14 +125,13 @@ def bench_onnx(
     inputs = {name: session.example(batch) for name, session in sessions.items()}
     calls = {name: _onnx_call(session, inputs[name]) for name, session in sessions.items()}
     latencies, speedups = interleave(calls, rounds=rounds)
-    sizes = dict.fromkeys("x".join(map(str, x.shape[-2:])) for feed in inputs.values() for x in feed.values())
     conditions = Conditions(
         runtime="ONNX Runtime",
         version=onnxruntime.__version__,
         device=device_name(device),
         threads=threads,
         batch=batch,
-        image_size=", ".join(sizes),
+        image_size=_sizes(x.shape for feed in inputs.values() for x in feed.values()),
         dtype=" / ".join(dict.fromkeys(session.precision for session in sessions.values())),
         rounds=rounds,
     )
@@ -145,11 +145,12 @@ def bench_layers(
     onnx: bool,
     batch: int = 1,
     threads: int = 1,
+    device: Device = "cpu",
     rounds: int = ROUNDS,
 ) -> LayerBench:
     """Time the operators of sites, by the sites' names, against the dense convolutions, each alone.
 
-    At the input size of the site's first call, on the CPU, in ONNX Runtime (`onnx`, through the same export
+    At the input size of the site's first call, in ONNX Runtime (`onnx`, through the same export
     as a whole network) or eager torch. Sites alike in shape, size and method are timed once, with the first
     one's weights. Alone, a layer has nothing to fuse with and pays for its own memory layout, so the sum is
     not the network's time.
@@ -164,7 +165,14 @@ def bench_layers(
         key = (site.spec, site.sizes[0], operator.method)
         if key not in timed:
             bench = _bench_pair(
-                site.spec, site.sizes[0], operator, onnx=onnx, batch=batch, threads=threads, rounds=rounds
+                site.spec,
+                site.sizes[0],
+                operator,
+                onnx=onnx,
+                batch=batch,
+                threads=threads,
+                device=device,
+                rounds=rounds,
             )
             speedup = bench.speedups["after"]
             timed[key] = LayerLatency(**bench.latencies, speedup=speedup, slower=speedup.median < 1)
@@ -175,6 +183,10 @@ def bench_layers(
     return LayerBench(
         conditions=conditions.model_copy(update={"image_size": "each layer's own size"}), layers=layers
     )
+
+
+def _sizes(shapes: Iterable[Sequence[int]]) -> str:
+    return ", ".join(dict.fromkeys("x".join(map(str, shape[-2:])) for shape in shapes))
 
 
 def one_run(model: nn.Module, example: Tensor, *, threads: int = 1, device: Device = "cpu") -> float:
@@ -209,15 +221,17 @@ def _bench_pair(
     onnx: bool,
     batch: int,
     threads: int,
+    device: Device,
     rounds: int,
 ) -> Bench:
     example = example_for(spec, size, batch)
     before, after = dense(spec), copy.deepcopy(operator).cpu().eval()
     if not onnx:
-        return bench_torch({"before": before, "after": after}, example, threads=threads, rounds=rounds)
+        pair = {"before": before, "after": after}
+        return bench_torch(pair, example, threads=threads, device=device, rounds=rounds)
     pair = {"before": before, "after": choose(after, size).module}
     files = {name: layer_file(module, example) for name, module in pair.items()}
-    return bench_onnx(files, batch=batch, threads=threads, rounds=rounds)
+    return bench_onnx(files, batch=batch, threads=threads, device=device, rounds=rounds)
 
 
 def _torch_call(model: nn.Module, example: Tensor) -> Call:

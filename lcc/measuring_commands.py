@@ -5,12 +5,12 @@ Annotations are not postponed here, since typer reads them.
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lcc.errors import RecipeError
-from lcc.options import Arch, AsJson, NumClasses, Weights, either, running, sweeping, taking, timing
+from lcc.options import AsJson, architecture, either, running, sweeping, taking, timing
 from lcc.output import form_of, print_costs, print_report, print_sheets, print_sweeps
 
 if TYPE_CHECKING:
@@ -20,21 +20,19 @@ if TYPE_CHECKING:
     from lcc.sweep_axes import SweepOptions
 
 
-@taking(settings=running, options=timing)
+@taking(settings=running, options=timing, said=architecture)
 def report(
     sources: Annotated[
         list[str], typer.Argument(metavar="DIR...", help="lcc directories, or other sources.")
     ],
     settings: "Settings",
     options: "BenchOptions",
+    said: dict[str, Any],
     *,
     original: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="What they were made from, with its weights.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Measure accuracy on this data set.")] = None,
-    arch: Arch = None,
-    weights: Weights = None,
-    num_classes: NumClasses = None,
     latency: Annotated[bool, typer.Option(help="Measure latency.")] = True,
     layers: Annotated[bool, typer.Option(help="Measure every replaced layer, too.")] = True,
     as_json: AsJson = False,
@@ -45,28 +43,26 @@ def report(
     from lcc import pipeline
 
     form = form_of(as_json=as_json, as_csv=as_csv, as_md=as_md)
-    parts = tuple(either(source, arch, weights, num_classes) for source in sources)
+    parts = tuple(either(source, said) for source in sources)
     first = None
     if original is not None:
-        named = either(original, arch, weights, num_classes)
-        is_bare_file = Path(original).is_file() and arch is None
+        named = either(original, said)
+        is_bare_file = Path(original).is_file() and "arch" not in said
         first = pipeline.teacher_part(original, parts[0]) if is_bare_file else named
     timed = replace(options, layers=layers) if latency else None
     print_report(pipeline.report(parts, settings, original=first, text=data, options=timed), form)
 
 
-@taking(settings=running, options=timing, operators=sweeping)
+@taking(settings=running, options=timing, operators=sweeping, said=architecture)
 def bench(
     settings: "Settings",
     options: "BenchOptions",
     operators: "SweepOptions | None",
+    said: dict[str, Any],
     *,
     targets: Annotated[
         list[str] | None, typer.Argument(metavar="DIR|ONNX...", help="The first one is the baseline.")
     ] = None,
-    arch: Arch = None,
-    weights: Weights = None,
-    num_classes: NumClasses = None,
     plot: Annotated[Path | None, typer.Option(help="With --sweep: write a plot, such as sweep.png.")] = None,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="With --costs: print CSV.")] = False,
@@ -76,7 +72,7 @@ def bench(
     if as_csv and (operators is None or not operators.costs):
         raise RecipeError("--csv is for what is counted; add --sweep channels --costs, or take --json")
     if operators is not None:
-        if targets or arch or weights or num_classes:
+        if targets or said:
             raise RecipeError("--sweep is about operators, not networks; leave out one or the other")
         if operators.costs:
             _count(operators, options, plot, form)
@@ -88,7 +84,7 @@ def bench(
     from lcc import comparison
     from lcc.inspection import bench_sheet
 
-    parts = tuple(either(target, arch, weights, num_classes) for target in targets)
+    parts = tuple(either(target, said) for target in targets)
     results = comparison.bench(parts, settings, options)
     if as_json:
         typer.echo("[" + ",\n".join(result.model_dump_json(indent=2) for result in results) + "]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import logging
 import warnings
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import torch
 from onnxscript import ir
 
 from lcc import __version__
-from lcc.errors import CheckFailedError, RecipeError, first_line
+from lcc.errors import CheckFailedError, RecipeError, first_cause, first_line
 from lcc.onnx_channels import split_multipliers
 from lcc.onnx_constants import drop_unused, readers, separate, share_constants
 from lcc.onnx_graph import order_sums, strip
@@ -58,7 +58,7 @@ def export_graph(
             program.optimize()
         except Exception as error:  # the exporter raises what any of its stages raises
             raise CheckFailedError(
-                f"torch's ONNX exporter can't take this network: {first_line(error)}"
+                f"torch's ONNX exporter can't take this network: {first_line(first_cause(error))}"
             ) from error
     model = program.model
     _refuse_fourier(model, operators)
@@ -119,7 +119,11 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(action="ignore"), redirect_stdout(StringIO()):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            redirect_stdout(StringIO()),
+            redirect_stderr(StringIO()),
+        ):
             yield
     finally:
         logging.disable(before)

@@ -40,12 +40,12 @@ class Session:
         providers = [CUDA, CPU] if device == "cuda" else [CPU]
         if providers[0] not in onnxruntime.get_available_providers():
             raise RecipeError(f"this ONNX Runtime has no {providers[0]}; use --device cpu")
-        what = "the model" if isinstance(model, bytes) else str(model)
+        self._what = "the model" if isinstance(model, bytes) else str(model)
         try:
             source = model if isinstance(model, bytes) else str(model)
             self._session = onnxruntime.InferenceSession(source, options, providers=providers)
         except Exception as error:  # the binding raises its own kinds, with nothing but Exception in common
-            raise SourceError(f"ONNX Runtime can't run {what}: {first_line(error)}") from error
+            raise SourceError(f"ONNX Runtime can't run {self._what}: {first_line(error)}") from error
         if self._session.get_providers()[0] != providers[0]:
             raise RecipeError(f"ONNX Runtime can't use {device} and would fall back; use --device cpu")
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
@@ -69,12 +69,19 @@ class Session:
         }
 
     def run(self, inputs: dict[str, Array]) -> list[Array]:
-        """Return every output."""
-        outputs: list[Array] = self._session.run(None, inputs)
+        """Return every output. Raises: SourceError: the model can't run on these inputs."""
+        try:
+            outputs: list[Array] = self._session.run(None, inputs)
+        except Exception as error:  # as above
+            raise SourceError(f"ONNX Runtime can't run {self._what}: {first_line(error)}") from error
         return outputs
 
 
 def _shape(name: str, shape: list[int | str | None], batch: int) -> tuple[int, ...]:
+    if not shape:
+        raise SourceError(
+            f"the model's input {name!r} is a single number; lcc times networks that take images"
+        )
     first, *rest = shape
     if isinstance(first, int) and first != batch:
         raise SourceError(f"the model's input {name!r} has a fixed batch of {first}; use --batch {first}")

@@ -32,6 +32,7 @@ Weights = Annotated[
     str | None,
     typer.Option(help='"default" (the library\'s), "none" (random, seeded), or a checkpoint file.'),
 ]
+ImageSize = Annotated[str | None, typer.Option(metavar="HxW", help="Input size, such as 224 or 192x256.")]
 NumClasses = Annotated[int | None, typer.Option(help="Classes of the last layer.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -54,9 +55,7 @@ def source_part(
     arch: Arch = None,
     weights: Weights = None,
     num_classes: NumClasses = None,
-    image_size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Input size, such as 224 or 192x256.")
-    ] = None,
+    image_size: ImageSize = None,
     mean: Annotated[
         str | None, typer.Option(metavar="R,G,B", help="Mean that is taken off images in [0, 1].")
     ] = None,
@@ -228,11 +227,21 @@ def checked(kind: type[Options], **given: Any) -> Options:
         raise RecipeError(f"--{NAMES.get(name, name).replace('_', '-')}: {what}") from error
 
 
-def either(source: str, arch: str | None, weights: str | None, num_classes: int | None) -> "ModelPart":
-    """Return one of several sources; the options are for those that are no lcc directories."""
-    if Path(source).is_dir():
-        return source_part(source)
-    return source_part(source, arch=arch, weights=weights, num_classes=num_classes)
+def architecture(
+    *,
+    arch: Arch = None,
+    weights: Weights = None,
+    num_classes: NumClasses = None,
+    image_size: ImageSize = None,
+) -> dict[str, Any]:
+    """Return what is said of sources that are no lcc directories."""
+    given = {"arch": arch, "weights": weights, "num_classes": num_classes, "image_size": image_size}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def either(source: str, said: dict[str, Any]) -> "ModelPart":
+    """Return one of several sources, of which `architecture` says something."""
+    return source_part(source, **({} if Path(source).is_dir() else said))
 
 
 def _size(text: str) -> tuple[int, int]:

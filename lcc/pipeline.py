@@ -33,6 +33,7 @@ from lcc.tuning import original_teacher, train_network
 from lcc.written_files import check_file, written_at_once
 
 if TYPE_CHECKING:
+    from lcc.data import Preprocessing
     from lcc.evaluation import Accuracy
     from lcc.methods import Method
     from lcc.plan import Plan, Rule, Site
@@ -170,9 +171,22 @@ def teacher_part(teacher: str, student: ModelPart) -> ModelPart:
         return ModelPart(source=teacher)
     path = Path(student.source)
     if path.is_dir():
-        source = artifact.read(path).source
-        return ModelPart(source=teacher, arch=source.id, num_classes=source.num_classes)
-    return ModelPart(source=teacher, arch=student.arch or student.source, num_classes=student.num_classes)
+        manifest = artifact.read(path)
+        source = manifest.source
+        part = ModelPart(source=teacher, arch=source.id, num_classes=source.num_classes)
+        return like(part, manifest.preprocessing)
+    return student.model_copy(
+        update={"source": teacher, "arch": student.arch or student.source, "weights": None}
+    )
+
+
+def like(part: ModelPart, preprocessing: Preprocessing) -> ModelPart:
+    """Return a source that wants its images as another network does, unless it says itself how."""
+    if Path(part.source).is_dir():
+        return part
+    names = ("image_size", "mean", "std", "crop_pct")
+    given = {name: getattr(preprocessing, name) for name in names if getattr(part, name) is None}
+    return part.model_copy(update=given)
 
 
 def evaluate(part: ModelPart, text: str, settings: Settings, *, batch_size: int = EVAL_BATCH) -> Accuracy:
@@ -208,12 +222,16 @@ def report(
 ) -> Report:
     """Return networks side by side, after `original`, or the architecture that the first was converted from.
 
+    The original sees images as the first network does, unless it says itself how.
     `text`: a data set to measure accuracy on; without it, what their histories say. `options` None: no
     latencies.
     """
+    if options is not None:
+        settings.check_bench_device()
     networks = _told_apart([(settings.open(part), part.source) for part in parts])
     if original is not None:
-        networks.insert(0, settings.open(original, name="original"))
+        same = like(original, networks[0].loaded.preprocessing)
+        networks.insert(0, settings.open(same, name="original"))
     split = None if text is None else data.open_eval(text)
     rows = []
     for network in networks:
@@ -226,7 +244,7 @@ def report(
             )
         sites = sites_of(original_of(network, trust_code=settings.trust_code)) if network.plan.groups else ()
         rows.append(network.row(accuracy=accuracy, data=measured_on, sites=sites))
-    if all(network.plan.groups for network in networks):
+    if original is None and all(network.plan.groups for network in networks):
         networks.insert(0, original_of(networks[0], trust_code=settings.trust_code))
         rows.insert(0, networks[0].row())
     timed = timed_report(tuple(rows), tuple(networks), options, settings)

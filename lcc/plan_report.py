@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Literal
 
 from lcc.budget import Costs, Quantity, amount
@@ -146,6 +147,8 @@ def _inline(value: object) -> str:
     """Return plain data as a TOML value in one line."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {_inline(part)}" for key, part in value.items()) + " }"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # inf, as TOML has it and JSON does not
     return json.dumps(value)
 
 

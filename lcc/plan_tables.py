@@ -115,7 +115,8 @@ def not_tried(original: Network, budget: Budget) -> str:
         for kind in slow
         if worthwhile(options_for(sites, [kind], **globs), ["macs"])
     ]
-    named = " ".join(f"--method {name}" for name in ("linear_mix", *able))
+    fast = [kind.model_fields["name"].default for kind in METHODS.values() if not kind.fits_slowly]
+    named = " ".join(f"--method {name}" for name in (*fast, *able))
     return f"; not tried, since fitted by training: {', '.join(able)}; add {named}" if able else ""
 
 

@@ -255,7 +255,8 @@ def _report(
             for option in sorted(found.taken, key=lambda option: order[option.sites[0]])
         ),
         frontier=tuple(
-            Point(costs=point.costs, error=point.error) for point in frontier(by_error, now, first, others)
+            Point(costs=point.costs if clock is None else clock.together(point.costs), error=point.error)
+            for point in frontier(by_error, now, first, others)
         ),
         cheaper=None if cheaper is None else changes(found, cheaper, now, first),
         dearer=None if dearer is None else changes(found, dearer, now, first),

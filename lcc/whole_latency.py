@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lcc import models, surgery
 from lcc.budget import floor
 from lcc.candidates import rules_of
@@ -27,7 +29,7 @@ from lcc.specs import Frozen
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from lcc.budget import Option
+    from lcc.budget import Costs, Option
     from lcc.latency_table import LatencyTable, Timing
     from lcc.methods import Method
     from lcc.network import Network
@@ -136,6 +138,17 @@ class Clock:
         alone, together = (self.now_ms - ms for ms in (found.by_parts_ms, found.measured_ms))
         if alone > 0:
             self._scale = max(together, 0.0) / alone
+
+    def together(self, costs: Costs) -> Costs:
+        """Return costs with a latency between those of the networks that were measured.
+
+        `costs` are of options as `scaled` returns them, right for the network learnt from alone.
+        """
+        pairs = {(self.now_ms - one.by_parts_ms, self.now_ms - one.measured_ms) for one in self.compared}
+        alone, saved = zip(*sorted({(0.0, 0.0), *pairs}), strict=True)
+        by_parts = (self.now_ms - costs["latency"]) / (self._scale or 1.0)
+        less = float(np.interp(by_parts, alone, np.maximum.accumulate(saved)))
+        return {**costs, "latency": self.now_ms - less}
 
     def choose(self, found: Compared) -> None:
         """Take this network for the one that is chosen: learn from it, and list it last."""

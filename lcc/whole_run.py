@@ -86,6 +86,7 @@ def run(
         accuracy = None if recipe.eval else result.accuracy
     network = saved(network, directory, settings, recipe=text)
     _discard_leftovers(recipe, directory)
+    settings.say(f"wrote {directory}")
     if recipe.finetune is not None:
         rows.add(network, sites, accuracy=accuracy)
     else:

@@ -4,6 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lcc.counts import count_macs, count_norm_params, count_params, fvcore_macs
+from lcc.errors import SourceError
 from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
 from lcc.methods.shared import Shared
@@ -208,3 +209,22 @@ def test_counting_leaves_modes_and_running_statistics_alone():
     assert [module.training for module in (network, network.stem, network.norm)] == [True, True, False]
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
     assert not network.stem._forward_hooks
+
+
+def test_an_input_given_by_keyword_is_counted():
+    class Host(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.ConvTranspose2d(3, 4, 2)
+
+        def forward(self, x):
+            return self.up(input=x)
+
+    assert count_macs(Host(), torch.zeros(1, 3, 5, 5)).macs == 3 * 25 * 4 * 4
+
+
+def test_a_network_that_can_not_run_at_a_size_is_refused_in_words():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(75, 2))
+    assert count_macs(net, torch.zeros(1, 3, 5, 5)).macs == 150
+    with pytest.raises(SourceError, match=r"can't run on a 1x3x6x6 input \(.*\); give it another"):
+        count_macs(net, torch.zeros(1, 3, 6, 6))

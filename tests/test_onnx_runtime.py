@@ -40,3 +40,21 @@ def test_a_gpu_that_is_not_there_is_an_error_and_no_fallback(capfd):
     with pytest.raises(RecipeError, match="--device cpu"):
         Session(serialised(make(RELU)), device="cuda")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_that_can_not_run_is_one_line():
+    frozen = """(float[N,3,4,5] input) => (float[M,60] output) {
+        shape = Constant<value_ints = [1, 60]>()
+        output = Reshape(input, shape)
+    }"""
+    session = Session(serialised(make(frozen)))
+    session.run(session.example(1))
+    with pytest.raises(SourceError, match="can't run the model") as caught:
+        session.run(session.example(2))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_a_single_number_is_refused_in_words():
+    session = Session(serialised(make("(float input) => (float output) { output = Relu(input) }")))
+    with pytest.raises(SourceError, match="single number"):
+        session.example(1)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from small_data import idx_data, image_folder
 
-from lcc import checkpoints, pipeline, whole_run
+from lcc import checkpoints, comparison, pipeline, whole_run
 from lcc.comparison import BenchOptions
 from lcc.directory import checkpoints_of, fits_of
-from lcc.errors import ArtifactError, DataError, RecipeError, SourceError, TrainingError
+from lcc.errors import ArtifactError, CheckFailedError, DataError, RecipeError, SourceError, TrainingError
 from lcc.export import Exported, Parity
 from lcc.fit_store import FitStore
 from lcc.methods.linear_mix import LinearMix
@@ -17,6 +17,7 @@ from lcc.network import sites_of
 from lcc.plan import Rule
 from lcc.recipe import Calibrate, Evaluate, Export, Finetune, ModelPart, Recipe
 from lcc.settings import Settings
+from lcc.tables import report_sheets, to_markdown
 
 NET = ModelPart(source="zoo:cifar_resnet20", weights="none", image_size=(8, 8), num_classes=3)
 RULES = (Rule(match=("layer3.2.*",), method=LinearMix()),)
@@ -119,6 +120,61 @@ def test_networks_of_one_name_are_told_apart_and_timed_apart(tmp_path):
     report = pipeline.report(tuple(ModelPart(source=str(p)) for p in parts), SETTINGS, options=options)
     assert [row.name for row in report.models] == ["original", *map(str, parts)]
     assert len({row.torch.median_ms for row in report.models}) == 4
+
+
+def test_the_original_sees_images_as_what_was_made_from_it_does(tmp_path):
+    pipeline.convert(NET, tmp_path / "small", RULES, SETTINGS)
+    small = ModelPart(source=str(tmp_path / "small"))
+    plain = NET.model_copy(update={"image_size": None})
+    report = pipeline.report((small,), SETTINGS, original=plain)
+    side_by_side = pipeline.report((NET, small), SETTINGS)
+    assert [row.macs for row in report.models] == [row.macs for row in side_by_side.models]
+    larger = NET.model_copy(update={"image_size": (16, 16)})  # which is said, and so kept
+    assert pipeline.report((small,), SETTINGS, original=larger).models[0].macs > report.models[0].macs
+
+
+def test_an_original_that_was_converted_itself_is_what_others_are_compared_with(tmp_path):
+    pipeline.convert(NET, tmp_path / "small", RULES, SETTINGS)
+    small = ModelPart(source=str(tmp_path / "small"))
+    again = (Rule(match=("layer2.*",), method=LinearMix()),)
+    pipeline.convert(small, tmp_path / "more", again, SETTINGS)
+    report = pipeline.report((ModelPart(source=str(tmp_path / "more")),), SETTINGS, original=small)
+    assert [row.name for row in report.models] == ["original", "more"]
+    assert report.models[0].params == SETTINGS.open(small).row().params
+
+
+def test_a_teachers_file_sees_images_as_the_student_does(tmp_path):
+    file = tmp_path / "teacher.safetensors"
+    file.touch()
+    student = NET.model_copy(update={"mean": (0.1, 0.2, 0.3)})
+    pipeline.convert(student, tmp_path / "small", RULES, SETTINGS)
+    for pupil in (student, ModelPart(source=str(tmp_path / "small"))):
+        teacher = pipeline.teacher_part(str(file), pupil)
+        assert (teacher.source, teacher.arch, teacher.weights) == (str(file), NET.source, None)
+        assert (teacher.image_size, teacher.mean, teacher.num_classes) == ((8, 8), (0.1, 0.2, 0.3), 3)
+
+
+def test_networks_of_several_sizes_are_timed_each_at_its_own():
+    larger = NET.model_copy(update={"image_size": (16, 16)})
+    options = BenchOptions(rounds=8, onnx=False, layers=False)
+    report = pipeline.report((NET, larger), SETTINGS, options=options)
+    assert report.conditions[0].image_size == "8x8, 16x16"
+    assert report.models[1].torch_speedup.median < 1
+
+
+def test_a_network_that_onnx_can_not_have_is_reported_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise CheckFailedError("no such operator")
+
+    pipeline.convert(NET, tmp_path / "small", RULES, SETTINGS)
+    monkeypatch.setattr(comparison, "to_onnx", refuse)
+    small = ModelPart(source=str(tmp_path / "small"))
+    report = pipeline.report((small,), SETTINGS, options=BenchOptions(rounds=8))
+    assert report.notes[0] == "not timed in ONNX Runtime: no such operator"
+    assert [row.onnx for row in report.models] == [None, None]
+    assert all(row.torch for row in report.models)
+    assert all(layer.torch for layer in report.models[1].layers)
+    assert to_markdown(report_sheets(report))
 
 
 def test_the_shares_of_a_converted_network_add_up(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -26,7 +28,7 @@ from lcc.errors import DataError, InfeasibleError, NothingToConvertError, Recipe
 from lcc.methods import METHODS
 from lcc.network import sites_of
 from lcc.plan import make_plan
-from lcc.plan_report import plan_line, plan_sheets, rules_text
+from lcc.plan_report import _inline, plan_line, plan_sheets, rules_text
 
 pytestmark = pytest.mark.usefixtures("same_threads")
 
@@ -121,9 +123,7 @@ def test_what_may_be_lost_is_not_asked_of_random_weights(data):
 
 
 def test_a_refusal_names_what_was_not_tried_and_would_save_some(data):
-    words = (
-        r"; not tried, since fitted by training: rd_explicit, .*add --method linear_mix --method rd_explicit"
-    )
+    words = r"; not tried, since fitted by training: rd_explicit, .*add --method linear_mix .*rd_explicit"
     with pytest.raises(InfeasibleError, match=words):
         planned(data, "macs=1%")
     with pytest.raises(InfeasibleError) as refusal:
@@ -278,6 +278,11 @@ def test_a_plan_written_down_says_what_each_site_costs_in_error(data):
     assert f"predicted error {report.error:.3g}" in text.splitlines()[0]
     for part in report.parts:
         assert all(f'"{name}",  # error {part.error:.2g}' in text for name in part.sites)
+
+
+def test_hyperparameters_are_written_as_toml_has_them():
+    method = {"name": "rd_implicit", "stiffness": math.inf, "step": 0.5}
+    assert tomllib.loads(f"method = {_inline(method)}") == {"method": method}
 
 
 def test_the_report_in_words_and_as_tables_has_the_target_and_the_cost(data):

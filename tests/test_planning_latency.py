@@ -137,6 +137,14 @@ def test_a_latency_is_predicted_from_layers_and_put_right_by_a_whole_network(dat
     assert machine.timed[-1] == rules[:-1]
 
 
+def test_the_frontier_ends_at_the_fastest_network_that_was_measured(data, machine):
+    machine.together = lambda saved: saved / 2 if saved < 1 else saved / 4 + 0.25  # the more, the less of it
+    _, report = planned(data, "latency=9.8ms")
+    fastest = report.compared[0].measured_ms
+    assert report.frontier[0].costs["latency"] == pytest.approx(fastest)
+    assert report.frontier[-1].costs["latency"] == pytest.approx(NOW_MS)
+
+
 def test_what_is_slower_is_never_chosen(data, machine):
     report = planned(data, "latency=9.5ms", "params=55%")[1]  # which a circulant one has least of
     assert report.parts
