@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lcc.convolutions import conv_spec
 from lcc.methods import LowCostOp
@@ -90,7 +91,7 @@ def anatomy(
         shortcut=tuple(_spec(modules[str(node.target)]) for node in roles.beside),
         in_a_row=_in_a_row(graph, roles),
         norm_params=sum(p.numel() for norm in norms for p in norm.parameters()),
-        batch_norms=not any(isinstance(norm, nn.GroupNorm) for norm in norms),
+        batch_norms=all(isinstance(norm, _BatchNorm) or "BatchNorm" in type(norm).__name__ for norm in norms),
         activation=next(iter(activations[:-1] if post else activations), None),
         post=post,
         pre_norm=is_norm(next(layer for layer in layers if isinstance(layer, nn.Conv2d) or is_norm(layer))),

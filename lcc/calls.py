@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lcc.errors import cannot_run
+from lcc.errors import SourceError, cannot_run
 from lcc.specs import Size, StepSpec
 from lcc.tracing import evaluating
 
@@ -210,7 +210,11 @@ def _same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
+    if a is None or isinstance(a, str | int | float):
+        return bool(a == b)
+    raise SourceError(
+        f"the network returns a {type(a).__name__}, which lcc can't compare: give it tensors, lists or dicts"
+    )
 
 
 def _run(model: nn.Module, example: Tensor, handles: list[Any]) -> Any:

@@ -42,12 +42,13 @@ def convert_network(
 
     Without images the fit is from weights, and random weights are not fitted at all. Where fitting is slow,
     what was fitted is kept in the folder `fits` meanwhile; `resume` goes on from it.
-    Raises: NothingToConvertError: no site; RecipeError: an idle rule; DataError: the images. ArtifactError:
-    the folder of fits.
+    Raises: NothingToConvertError: no site; RecipeError: an idle rule, or a host that goes round what was
+    replaced; DataError: the images. ArtifactError: the folder of fits.
     """
     sites, model, decided = planned(original, rules, settings)
     with models.seeded(original.loaded.source.seed):
         originals = surgery.replace_(model, decided)
+    surgery.check_reached(model, [site for site in sites if site.name in originals], original.example)
     if calibration is None and original.is_random:
         made, details = {}, {"weights": "freshly initialised, as the network's own are random"}
     elif calibration is None:
@@ -134,6 +135,7 @@ def _fit_(
                 )
             raise
     model.cpu()
+    _tell_left_out(result.fits, model, sites, len(images), settings)
     details = {
         "weights": f"{LEAST_SQUARES if store is None else REGRESSION} on {len(images)} images",
         "inputs": "from the converted prefix",
@@ -144,3 +146,23 @@ def _fit_(
             f"note: fitted in {result.chunks} chunks; inputs {details['inputs']}; fewer --images avoid that"
         )
     return result.fits, details
+
+
+def _tell_left_out(
+    fits: dict[str, Fit], model: nn.Module, sites: tuple[Site, ...], images: int, settings: Settings
+) -> None:
+    """Say which share of the images the regressions had, where not all of them fit in memory."""
+    shares = {}
+    for site in sites:
+        operator = model.get_submodule(site.name) if site.name in fits else None
+        if isinstance(operator, LowCostOp) and operator.method.fits_slowly and site.sizes:
+            seen = [site.spec.out_size(size) if site.kind == "conv" else size for size in site.sizes]
+            wanted = images * sum(size.height * size.width for size in seen)
+            shares[site.name] = fits[site.name].samples / wanted
+    fewer = {name: share for name, share in shares.items() if share < 1}
+    if fewer:
+        name, share = min(fewer.items(), key=lambda entry: entry[1])
+        settings.say(
+            f"note: {len(fewer)} sites were fitted to fewer than the {images} images, which do not fit in "
+            f"memory: {name} to {share * images:.0f}"
+        )

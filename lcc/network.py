@@ -166,6 +166,7 @@ def _open_directory(part: ModelPart, path: Path, *, trust_code: bool, name: str 
         option = next(iter(given)).replace("_", "-")
         raise SourceError(f"{path} is an lcc directory and says itself what it holds; leave out --{option}")
     loaded, manifest, directory = artifact.load(path, trust_code=trust_code)
+    loaded.model.float()  # what was saved in half or double precision is exact, or exact enough, in single
     return Network(
         name=name or path.resolve().name,
         loaded=loaded,

@@ -47,10 +47,13 @@ def outputs(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
         raise ArtifactError(
             f"the network can't run on a {shape} input ({one_line(error)}); try another --image-size"
         ) from error
-    return {
-        name: tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in _leaves("output", output)
-    }
+    leaves = dict(_leaves("output", output))
+    if not leaves:
+        raise ArtifactError(
+            f"the network returns a {type(output).__name__}, in which lcc finds no tensor to compare; return "
+            "tensors, or lists or dicts of them"
+        )
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in leaves.items()}
 
 
 @contextmanager
@@ -85,6 +88,7 @@ def relative_difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> fl
         a, b = got[name].double(), tensor.double()
         same = (a == b) | (a.isnan() & b.isnan())
         if not same.all():
-            ratio = float((a - b)[~same].abs().max() / b.abs().max())
+            most = b[b.isfinite()].abs().amax() if b.isfinite().any() else b.new_zeros(())
+            ratio = float((a - b)[~same].abs().max() / most)
             worst = math.inf if math.isnan(ratio) else max(worst, ratio)
     return worst

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from lcc.anatomy import has_hooks
 from lcc.calls import Calls, record_calls, sole_norms
 from lcc.convolutions import conv_spec
-from lcc.errors import RecipeError
+from lcc.errors import RecipeError, first_line
 from lcc.methods import LowCostOp
 from lcc.plan import Plan, Site, other_kind
 from lcc.residuals import blocks_among, residual_step
 from lcc.skips import shortcut_convs
 from lcc.specs import ConvSpec, Size, StepSpec, kind_of
+from lcc.tracing import evaluating
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from lcc.methods import Method
 
@@ -107,6 +108,34 @@ def replace_(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
             if child in replacements:
                 parent._modules[key] = replacements[child]  # noqa: SLF001
     return originals
+
+
+def check_reached(model: nn.Module, sites: Sequence[Site], example: Tensor) -> None:
+    """Make sure that the model calls the operators at `sites`, those that it called before.
+
+    Raises: RecipeError: it holds what was there elsewhere too, or looks at its type.
+    """
+    operators = {site.name: model.get_submodule(site.name) for site in sites if site.sizes}
+    called: set[nn.Module] = set()
+
+    def note(module: nn.Module, _inputs: object, _output: object) -> None:
+        called.add(module)
+
+    handles = [operator.register_forward_hook(note) for operator in operators.values()]
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            model(example)
+    except Exception as error:  # the network's own
+        raise RecipeError(f"the network can't run with operators in it: {first_line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    missed = next((name for name, operator in operators.items() if operator not in called), None)
+    if missed is not None:
+        raise RecipeError(
+            f"{missed} was replaced and is not called any more: the network's code holds it twice, such as "
+            f"in a list, or looks at its type; leave it out, --exclude {missed}"
+        )
 
 
 def _tie_(method: Method, operators: list[LowCostOp], sites: tuple[str, ...]) -> None:

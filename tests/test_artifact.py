@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,13 +24,17 @@ from saved_networks import (
 from torch import nn
 
 import lcc
-from lcc import artifact, models, surgery
+from lcc import artifact, models, probe, surgery
 from lcc.directory import PROBE, RECIPE, WEIGHTS
 from lcc.errors import ArtifactError
 from lcc.manifest import Manifest
+from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.reaction_diffusion import RdCirculant
 from lcc.models import Loaded
-from lcc.plan import Group, Plan
+from lcc.network import open_network
+from lcc.plan import Group, Plan, make_plan, rules_for
+from lcc.recipe import ModelPart
 
 # Round trips
 
@@ -299,3 +304,35 @@ def test_another_network_is_not_written_back(saved):
 def test_writing_back_needs_a_directory_of_ours(tmp_path):
     with pytest.raises(ArtifactError, match="is not an lcc directory"):
         lcc.save(Net(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("method", [Circulant(), RdCirculant(), LinearMix()], ids=str)
+def test_operators_of_another_dtype_come_back_whole(method, dtype, tmp_path):
+    loaded = models.load("zoo:cifar_resnet20", weights="none")
+    plan = make_plan(surgery.find_sites(loaded.model, torch.zeros(1, 3, 32, 32)), rules_for(method))
+    surgery.replace_(loaded.model, plan)
+    artifact.save(loaded, tmp_path / "net", plan=plan)
+    lcc.save(lcc.load(tmp_path / "net").to(dtype), tmp_path / "net")
+    again = lcc.load(tmp_path / "net")
+    floats = {
+        tensor.dtype for tensor in (*again.parameters(), *again.buffers()) if tensor.is_floating_point()
+    }
+    assert floats == {dtype}
+    network = open_network(ModelPart(source=str(tmp_path / "net")))
+    assert network.row().macs > 0  # commands compute in float32
+
+
+def test_an_infinite_output_hides_no_difference():
+    wanted, got = ({"output": torch.tensor([math.inf, last])} for last in (5.0, 1.0))
+    assert probe.relative_difference(got, wanted) == pytest.approx(0.8)
+    assert probe.relative_difference(wanted, wanted) == 0
+
+
+def test_outputs_without_a_tensor_are_refused():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return SimpleNamespace(logits=x)
+
+    with pytest.raises(ArtifactError, match="returns a SimpleNamespace, in which lcc finds no tensor"):
+        probe.outputs(Odd(), torch.zeros(1, 3, 4, 4))

@@ -24,6 +24,7 @@ from cases import (
 from cases import original as original_of
 from torch import nn
 
+from lcc import models
 from lcc.counts import fvcore_macs
 from lcc.methods.mgic import Mgic
 from lcc.specs import Size, StepSpec
@@ -335,3 +336,16 @@ def test_released_squeezes_are_a_quarter_rounded_to_eight():
     wide = block(80, 184, 184, 80, kernels=(1, 3, 1), depthwise=1, squeeze=10, activation="relu")
     squeezes = [level.step.squeeze[0].out_channels for level in Mgic(as_released=True).design(wide).levels]
     assert squeezes == [48, 24, 16]
+
+
+@pytest.mark.parametrize("source", ["torchvision:mobilenet_v2", "timm:mobilenetv4_conv_small"])
+def test_what_is_not_refused_can_be_built(source):
+    model = models.load(source, weights="none").model
+    method = Mgic(transitions=True, group_size=8, coarsest=8)
+    sites = [site for site in find_sites(model, torch.zeros(1, 3, 64, 64)) if isinstance(site.spec, StepSpec)]
+    assert any("begins with a depthwise" in (method.why_not(site.spec) or "") for site in sites)
+    for site in sites:
+        if method.why_not(site.spec) is None:
+            size = site.sizes[0]
+            x = torch.zeros(2, site.spec.channels_in, size.height, size.width)
+            assert method.build(site.spec)(x).shape[1] == site.spec.channels

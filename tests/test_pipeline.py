@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from small_data import idx_data, image_folder
 
@@ -12,8 +14,10 @@ from lcc.errors import ArtifactError, CheckFailedError, DataError, RecipeError, 
 from lcc.export import Exported, Parity
 from lcc.fit_store import FitStore
 from lcc.methods.linear_mix import LinearMix
+from lcc.methods.reaction_diffusion import RdExplicit
 from lcc.methods.shared import Shared
 from lcc.network import sites_of
+from lcc.ops import regression
 from lcc.plan import Rule
 from lcc.recipe import Calibrate, Evaluate, Export, Finetune, ModelPart, Recipe
 from lcc.settings import Settings
@@ -231,3 +235,13 @@ def test_what_was_exported_says_apart_what_lowering_and_what_onnx_runtime_change
     assert pipeline.exported_lines(exact) == (
         line.replace("the lowered network in ", "").partition(", and")[0],
     )
+
+
+def test_a_regression_that_could_not_keep_all_images_says_so(tmp_path, data, monkeypatch):
+    notes = []
+    monkeypatch.setattr(regression, "MAX_NUMBERS", 3 * 64 * 2 * 2)  # three images of layer3
+    monkeypatch.setattr(regression, "STEPS", 1)
+    rules = (Rule(match=("layer3.2",), method=RdExplicit()),)
+    seen = Calibrate(data=data, images=6)
+    pipeline.convert(NET, tmp_path / "small", rules, replace(SETTINGS, say=notes.append), calibration=seen)
+    assert any("fitted to fewer than the 6 images" in note and "layer3.2 to 3" in note for note in notes)

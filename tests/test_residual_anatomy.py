@@ -173,3 +173,10 @@ def test_a_step_survives_json():
 def test_a_step_says_what_it_is_in_few_words():
     block = torchvision.models.mobilenet_v3_small().features[5]
     assert str(residual_step(block).spec) == "step 40: 1x1 240, 5x5 240 depthwise, 1x1 40, squeeze 64"
+
+
+def test_only_batch_norms_are_said_to_be_batch_norms():
+    block = CifarBlock(4)
+    assert residual_step(block).spec.batch_norms
+    block.bn1, block.bn2 = (nn.InstanceNorm2d(4, affine=True) for _ in range(2))
+    assert not residual_step(block).spec.batch_norms

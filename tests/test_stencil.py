@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcc.ops.stencil import depthwise, depthwise_adjoint, gain, periodic_grid
+from lcc.ops.stencil import depthwise, depthwise_adjoint, gain, periodic_grid, slack
 
 KERNELS = [(1, 1), (3, 3), (5, 5), (3, 5), (5, 3), (1, 3), (7, 1), (9, 7)]
 SIZES = [(6, 5), (1, 4), (2, 2), (1, 1)]
@@ -171,3 +171,12 @@ def test_the_gain_of_a_second_difference_is_sixty_four():
     taps = torch.tensor([[[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]])  # -8 at the highest frequency of both axes
     assert gain(taps).tolist() == pytest.approx([64])
     assert gain(taps).dtype == torch.float64
+
+
+@pytest.mark.parametrize("size", [3, 31, 33, 51])
+def test_between_the_grids_points_a_symbol_is_no_larger_than_the_slack_says(size):
+    stencil = torch.randn(2, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    true = torch.fft.rfft2(stencil, s=(2048, 2048)).abs().square().amax((1, 2))
+    bound = gain(stencil) * slack(size, size)
+    assert (true <= bound * (1 + 1e-9)).all()
+    assert (bound <= true * 1.4).all()

@@ -32,7 +32,7 @@ from lcc.errors import RecipeError
 from lcc.methods import LowCostOp
 from lcc.methods.linear_mix import LinearMix
 from lcc.plan import make_plan, rules_for
-from lcc.surgery import find_sites, replace_
+from lcc.surgery import check_reached, find_sites, replace_
 
 
 def test_replacing_returns_the_originals_by_name():
@@ -267,3 +267,40 @@ def test_the_stride_1_sites_of_resnet50_give_the_known_total():
     plan = make_plan(stride_1, rules_for(LinearMix()))
     assert len(replace_(model, plan)) == 13
     assert count_params(model) == 18_275_688
+
+
+class InAList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = conv3(4), conv3(4)
+        self.both = [self.first, self.second]  # which no surgery sees
+
+    def forward(self, x):
+        for layer in self.both:
+            x = layer(x)
+        return x
+
+
+class ByType(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = conv3(4)
+
+    def forward(self, x):
+        return self.layer(x) if isinstance(self.layer, nn.Conv2d) else x
+
+
+@pytest.mark.parametrize(("host", "site"), [(InAList, "first"), (ByType, "layer")])
+def test_a_host_that_goes_round_what_was_replaced_is_refused(host, site):
+    model, example = seeded(host), torch.zeros(1, 4, 6, 6, dtype=torch.float64)
+    sites = find_sites(model, example)
+    replace_(model, make_plan(sites, rules_for(LinearMix())))
+    with pytest.raises(RecipeError, match=f"{site} was replaced and is not called .*--exclude {site}"):
+        check_reached(model, sites, example)
+
+
+def test_a_host_that_calls_what_was_replaced_passes():
+    model, example = seeded(TinyResNet), photos(1)
+    sites = find_sites(model, example)
+    replace_(model, make_plan(sites, rules_for(LinearMix())))
+    check_reached(model, [site for site in sites if site.name.startswith("layer1.conv")], example)

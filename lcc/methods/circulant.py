@@ -9,7 +9,7 @@ weights, two depthwise ones, and a 1x1 back, all real: exact at any size, stride
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -81,12 +81,9 @@ class CirculantOp(LinearOp):
         self.bias: nn.Parameter | None = None
         if spec.bias:
             self.bias = nn.Parameter((torch.rand(channels) * 2 - 1) * fan_in**-0.5)
-        spectral = circulant.spectral_channels(channels)
-        self.register_buffer("analysis", torch.empty(spectral, channels, 1, 1), persistent=False)
-        self.register_buffer("synthesis", torch.empty(channels, spectral, 1, 1), persistent=False)
         self.analysis: Tensor
         self.synthesis: Tensor
-        self._fill_bases()
+        self._set_bases()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, C, H', W') for x (N, C, H, W)."""
@@ -143,13 +140,17 @@ class CirculantOp(LinearOp):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own hook behind to() and cuda()
-        self._fill_bases()  # what was rounded to float32 would stay so in float64
+        self._set_bases()  # what was rounded to float32 would stay so in float64
         return self
 
-    @torch.no_grad()
-    def _fill_bases(self) -> None:
-        self.analysis.copy_(circulant.analysis(self.in_channels)[:, :, None, None])
-        self.synthesis.copy_(circulant.synthesis(self.in_channels)[:, :, None, None])
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._set_bases()  # the weights may be of another type now
+
+    def _set_bases(self) -> None:
+        for name, basis in (("analysis", circulant.analysis), ("synthesis", circulant.synthesis)):
+            kernels = basis(self.in_channels).to(self.theta)[:, :, None, None]
+            self.register_buffer(name, kernels, persistent=False)
 
 
 class CirculantStatistics(SampledGrams[FrequencyGram]):

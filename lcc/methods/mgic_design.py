@@ -69,6 +69,8 @@ def why_no_design(spec: StepSpec, coarsest: int) -> str | None:
     widths = (spec.channels_in, *(conv.out_channels for conv in spec.convs))
     if widths[:-1] != tuple(conv.in_channels for conv in spec.convs) or widths[-1] != spec.channels:
         return "its convolutions do not take what the ones before them give"
+    if spec.channels_in != spec.channels and spec.convs and is_depthwise(spec.convs[0]):
+        return "begins with a depthwise convolution, and a block begins with the new width"
     normed, more = (2 * sum(c.out_channels for c in convs) for convs in (spec.convs, spec.shortcut))
     if spec.norm_params not in (normed, normed + more):
         return "does not have one normalisation after each convolution"

@@ -8,7 +8,7 @@ Source: arXiv:1805.07821, eqs. (9), (11) and (12).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -28,7 +28,7 @@ from lcc.methods.lowered_steps import (
 from lcc.ops import circulant
 from lcc.ops.activations import activate
 from lcc.ops.spectral import green, laid_out_as, real_fourier, solve_periodic
-from lcc.ops.stencil import GRID, depthwise, depthwise_adjoint, gain, slack
+from lcc.ops.stencil import depthwise, depthwise_adjoint, gain, grid, slack
 from lcc.specs import Size, fft_macs
 
 if TYPE_CHECKING:
@@ -223,7 +223,8 @@ class RdCirculantOp(ReactionDiffusionOp):
     def amplification(self, stencil: Tensor | None = None) -> Tensor:
         """Return h max|k^|^2 over channel and spatial frequencies."""
         taps = (self.stencil if stencil is None else stencil).detach() / self.channels**0.5
-        symbol = circulant.circulant_symbol(taps.double(), GRID, GRID)
+        points = grid(*taps.shape[1:])
+        symbol = circulant.circulant_symbol(taps.double(), points, points)
         return self.step * symbol.abs().square().amax()
 
     @torch.no_grad()
@@ -251,6 +252,10 @@ class RdCirculantOp(ReactionDiffusionOp):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own hook behind to() and cuda()
         self._set_basis()  # not converted: a basis rounded to float32 would stay so in float64
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._set_basis()  # the weights may be of another type now
 
     def _set_basis(self) -> None:
         basis = circulant.analysis(self.channels).to(self.stencil)[:, :, None, None]
