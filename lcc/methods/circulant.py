@@ -76,14 +76,17 @@ class CirculantOp(LinearOp):
     def __init__(self, method: Circulant, spec: ConvSpec) -> None:
         super().__init__(method, spec)
         channels, (kh, kw) = spec.in_channels, spec.kernel_size
+        spectral = circulant.spectral_channels(channels)
         fan_in = channels * kh * kw  # every output sees all of theta
         self.theta = nn.Parameter(torch.randn(channels, kh, kw) * (2 / fan_in) ** 0.5)
         self.bias: nn.Parameter | None = None
         if spec.bias:
             self.bias = nn.Parameter((torch.rand(channels) * 2 - 1) * fan_in**-0.5)
+        self.register_buffer("analysis", torch.empty(spectral, channels, 1, 1), persistent=False)
+        self.register_buffer("synthesis", torch.empty(channels, spectral, 1, 1), persistent=False)
         self.analysis: Tensor
         self.synthesis: Tensor
-        self._set_bases()
+        self._fill_bases()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, C, H', W') for x (N, C, H, W)."""
@@ -140,17 +143,18 @@ class CirculantOp(LinearOp):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own hook behind to() and cuda()
-        self._set_bases()  # what was rounded to float32 would stay so in float64
+        self._fill_bases()  # what was rounded to float32 would stay so in float64
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._set_bases()  # the weights may be of another type now
+        self.analysis, self.synthesis = (basis.to(self.theta) for basis in (self.analysis, self.synthesis))
+        self._fill_bases()  # the weights may be of another type now
 
-    def _set_bases(self) -> None:
-        for name, basis in (("analysis", circulant.analysis), ("synthesis", circulant.synthesis)):
-            kernels = basis(self.in_channels).to(self.theta)[:, :, None, None]
-            self.register_buffer(name, kernels, persistent=False)
+    @torch.no_grad()
+    def _fill_bases(self) -> None:
+        self.analysis.copy_(circulant.analysis(self.in_channels)[:, :, None, None])
+        self.synthesis.copy_(circulant.synthesis(self.in_channels)[:, :, None, None])
 
 
 class CirculantStatistics(SampledGrams[FrequencyGram]):
