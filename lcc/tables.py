@@ -186,11 +186,17 @@ def _layers_sheet(model: ModelRow) -> Sheet:
     notes = [
         "error: of the output, relative, before and after fitting; k: of the kernel, from the weights alone"
     ]
-    slower = sum(row.slower for row in model.layers)
-    if any(row.torch or row.onnx for row in model.layers):
-        notes.append(
-            f"! slower than the dense layer: {slower} of {len(model.layers)} layers, each timed alone"
-        )
+    timed = {
+        "eager torch": [row.torch for row in model.layers],
+        "ONNX Runtime": [row.onnx for row in model.layers],
+    }
+    slower = [
+        f"{sum(one.slower for one in times if one)} of {len(times)} in {runtime}"
+        for runtime, times in timed.items()
+        if any(times)
+    ]
+    if slower:
+        notes.append(f"! slower than the dense layer, each timed alone: {', '.join(slower)}")
     notes += _banks(model.layers)
     methods = dict.fromkeys(row.method for row in model.layers)
     return Sheet(
