@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from pydantic import ValidationError
 
 from lcc.errors import ArtifactError
+from lcc.hashing import bytes_of
 from lcc.specs import Frozen
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def content_key(model: nn.Module, images: Tensor | None, *descriptions: str) -> 
     tensors = [*sorted(model.state_dict().items()), *([] if images is None else [("images", images)])]
     for name, tensor in tensors:
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(bytes_of(tensor))
     for text in descriptions:
         digest.update(text.encode())
     return digest.hexdigest()

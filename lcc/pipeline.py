@@ -21,6 +21,7 @@ from lcc.conversion import convert_network, planned
 from lcc.directory import WEIGHTS, checkpoints_of, fits_of
 from lcc.errors import ArtifactError, RecipeError
 from lcc.export import Exported, to_onnx
+from lcc.hashing import hash_of_weights
 from lcc.inspection import Inspection, inspection
 from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.network import Network, original_of, sites_of
@@ -28,7 +29,6 @@ from lcc.plan_report import plan_line, rules_text
 from lcc.planning import plan_within
 from lcc.recipe import Budget, Calibrate, Finetune, ModelPart
 from lcc.specs import Cost
-from lcc.train import hash_of_weights
 from lcc.tuning import original_teacher, train_network
 from lcc.written_files import check_file, written_at_once
 

@@ -9,7 +9,6 @@ On a CPU a resumed run ends with the same bits, given the same number of threads
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from lcc.data import open_parts
 from lcc.errors import InterruptedRunError, TrainingError
 from lcc.evaluation import Accuracy, accuracy_on, count_outputs, device_of, mode, pick_device, placed
 from lcc.features import check_sites
+from lcc.hashing import hash_of_weights, short_hash
 from lcc.interrupts import signals
 from lcc.specs import Frozen
 from lcc.steps import Stepper, Teacher, precision_on
@@ -324,9 +324,9 @@ class _Run:
         text = f"{form.image_size} {form.mean} {form.std} {form.crop_pct} {form.interpolation}"
         return {
             "training data": self.stream.split.fingerprint,
-            "preprocessing": _hash(text.encode()),
+            "preprocessing": short_hash(text.encode()),
             "teacher": self.teacher_hash,
-            "start weights' origin": _hash(self.origin.encode()),
+            "start weights' origin": short_hash(self.origin.encode()),
         }
 
     def _start_clock(self) -> None:
@@ -377,23 +377,6 @@ def _memory_errors(batch_size: int) -> Iterator[None]:
         raise TrainingError(
             f'out of memory at batch_size = {batch_size}; halve it, and lr with it, or set precision = "bf16"'
         ) from error
-
-
-def hash_of_weights(model: nn.Module) -> str:
-    """Return a short hash of all parameters and buffers, by their names."""
-    tensors = sorted(model.state_dict().items())
-    return _hash(*(name.encode() + _bytes(tensor) for name, tensor in tensors))
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _hash(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
 
 
 def _machine(device: torch.device) -> str:

@@ -12,9 +12,9 @@ from lcc.comparison import EVAL_BATCH, BenchOptions, measured_accuracy, on_data,
 from lcc.conversion import convert_network
 from lcc.directory import checkpoints_of, fits_of
 from lcc.export import to_onnx
+from lcc.hashing import hash_of_weights
 from lcc.pipeline import decided, exported_lines, onnx_beside, open_first, saved
 from lcc.tables import report_sheets, to_markdown
-from lcc.train import hash_of_weights
 from lcc.tuning import train_network
 from lcc.written_files import check_file
 
