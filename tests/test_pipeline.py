@@ -245,3 +245,14 @@ def test_a_regression_that_could_not_keep_all_images_says_so(tmp_path, data, mon
     seen = Calibrate(data=data, images=6)
     pipeline.convert(NET, tmp_path / "small", rules, replace(SETTINGS, say=notes.append), calibration=seen)
     assert any("fitted to fewer than the 6 images" in note and "layer3.2 to 3" in note for note in notes)
+
+
+def test_a_network_that_is_named_twice_is_not_timed_as_one():
+    with pytest.raises(RecipeError, match="is named twice"):
+        comparison.bench((NET, NET), SETTINGS, BenchOptions(rounds=8))
+
+
+def test_where_latency_is_not_measured_is_told_before_a_report(monkeypatch):
+    monkeypatch.setattr(Settings, "open", lambda *_, **__: pytest.fail("worked"))
+    with pytest.raises(RecipeError, match="latency is measured on cpu or cuda"):
+        pipeline.report((NET,), replace(SETTINGS, device="mps"), options=BenchOptions())
