@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 
-from lcc.alignment import align_, inner_pairs
+from lcc.alignment import align_
 from lcc.errors import NothingToConvertError, RecipeError
+from lcc.inner_channels import inner_pairs
 from lcc.methods.shared import Shared
-from lcc.plan import Group, Kept, Plan
+from lcc.plan import Group, Kept, Plan, chained
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -44,9 +45,11 @@ def settle_banks_(model: nn.Module, sites: tuple[Site, ...], plan: Plan) -> tupl
         )
     lost = [site for group in plan.groups for site in group.sites if site not in still]
     if _to_align(split) != _to_align(plan):
-        alignment = align_(model, _to_align(split), pairs)
+        again = align_(model, _to_align(split), pairs)
+        alignment = again._replace(orders=chained(alignment.orders if alignment else {}, again.orders))
     kept = (*plan.kept, *(Kept(site=site, reason=ALONE) for site in lost))
-    return split.model_copy(update={"kept": kept}), alignment
+    orders = alignment.orders if alignment else {}
+    return split.model_copy(update={"kept": kept, "orders": orders}), alignment
 
 
 def refuse_unsettled(methods: Iterable[object]) -> None:

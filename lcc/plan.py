@@ -12,7 +12,7 @@ from lcc.methods import AnyMethod, Method
 from lcc.specs import ConvSpec, Cost, Frozen, SiteKind, Size, StepSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Mapping
 
 DENSE_BY_RULE = "kept dense by a rule (or --exclude)"
 NO_RULE = "named by no rule (or --include)"
@@ -129,12 +129,14 @@ class Plan(Frozen):
     """The decision: every site is in one group or kept with a reason.
 
     `steps` describes the residual steps and stage-changing blocks among the converted sites, so that
-    replaying the plan on the same network need not find out again what they were.
+    replaying the plan on the same network need not find out again what they were. `orders`: for each
+    convolution of which outputs come in another order than the original's, which of these is at each place.
     """
 
     groups: tuple[Group, ...] = ()
     kept: tuple[Kept, ...] = ()
     steps: dict[str, StepSpec] = Field(default_factory=dict)
+    orders: dict[str, tuple[int, ...]] = Field(default_factory=dict)
 
     def is_first(self, site: str) -> bool:
         """Whether a converted site counts what it shares: the first of a bank, and every other site."""
@@ -156,7 +158,19 @@ class Plan(Frozen):
             groups=(*self.groups, *more.groups),
             kept=tuple(entry for entry in more.kept if entry.site not in done),
             steps={**self.steps, **more.steps},
+            orders=chained(self.orders, more.orders),
         )
+
+
+def chained(
+    first: Mapping[str, tuple[int, ...]], then: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the orders of outputs that two reorderings make, one after the other."""
+    both = {
+        site: tuple(first[site][place] for place in order) if site in first else order
+        for site, order in then.items()
+    }
+    return {**first, **both}
 
 
 def rules_for(

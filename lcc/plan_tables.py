@@ -6,6 +6,8 @@ disk, so that another target for the same network and images costs seconds.
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from lcc.candidates import obstacles, options_for, worthwhile
 from lcc.counts import count_macs, count_params
 from lcc.error_table import with_errors
 from lcc.errors import InfeasibleError, NothingToConvertError
+from lcc.grouping import group_for_
 from lcc.latency_table import Timing
 from lcc.method_text import method_from_text
 from lcc.methods import METHODS
@@ -38,8 +41,12 @@ if TYPE_CHECKING:
 
 
 class Tables(NamedTuple):
-    """All that a choice is made from: `options` with what each saves alone, `now` what the network costs."""
+    """All that a choice is made from: `options` with what each saves alone, `now` what the network costs.
 
+    `network` is the original, its inner channels in the order for which errors are predicted.
+    """
+
+    network: Network
     sites: tuple[Site, ...]
     now: Costs
     options: list[Option]
@@ -100,9 +107,10 @@ def tables_for(
         reached = ", ".join(amount(target.quantity, now[target.quantity]) for target in targets)
         raise NothingToConvertError(f"nothing to convert: the network has its targets already ({reached})")
     options = worthwhile(options, quantities)
-    errors = with_errors(original, sites, options, calibration, settings)
+    network = _grouped(original, sites, options)
+    errors = with_errors(network, sites, options, calibration, settings)
     found = errors.options if budget.keep == "outputs" else _by_capacity(errors.options, now)
-    return Tables(sites, now, found, errors, clock)
+    return Tables(network, sites, now, found, errors, clock)
 
 
 def not_tried(original: Network, budget: Budget) -> str:
@@ -129,6 +137,19 @@ def _by_capacity(options: Sequence[Option], now: Costs) -> list[Option]:
         option.model_copy(update={"penalty": max(option.saved["params"], 0.0) / now["params"]})
         for option in options
     ]
+
+
+def _grouped(original: Network, sites: tuple[Site, ...], options: Sequence[Option]) -> Network:
+    """Return the network with its inner channels in the order that suits the options on average."""
+    if original.is_random:
+        return original
+    methods: dict[str, list[Method]] = {}
+    for option in options:
+        if not option.method.shares:
+            methods.setdefault(option.sites[0], []).append(option.method)
+    model = copy.deepcopy(original.loaded.model)
+    group_for_(model, sites, methods)
+    return original.but(loaded=replace(original.loaded, model=model))
 
 
 def _methods(budget: Budget) -> list[Method | type[Method]]:

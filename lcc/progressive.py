@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from lcc import checkpoints, fit_store
-from lcc.conversion import convert_network
+from lcc.conversion import convert_network, in_order
 from lcc.directory import checkpoints_of, fits_of
 from lcc.network import sites_of
 from lcc.plan import Plan, Rule, make_plan
@@ -69,16 +69,19 @@ def convert_in_stages(
         settings.say(f"note: there are {len(parts)} sites to convert, so as many stages")
     options = finetune.model_copy(update={"epochs": progressive.epochs, "schedule": "constant"})
     places = (*_places(progressive, directory)[: len(parts) - 1], directory)
-    network = original
+    network = in_order(original, sites, plan, settings)
+    orders = network.plan.orders
     for part, place in zip(parts, places, strict=True):
-        _, network = convert_network(network, part, calibrate, settings, fits=fits_of(place), resume=resume)
+        _, network = convert_network(
+            network, part, calibrate, settings, fits=fits_of(place), resume=resume, in_order=True
+        )
         if place != directory:
             network, result = train_network(
                 network, options, teacher, place, settings, resume=resume, origin=origin, workers=workers
             )
             done = len(network.plan.methods()) - len(original.plan.methods())
             settings.say(f"{place.name}: {done} of {len(plan.methods())} sites, {result.accuracy}")
-    return sites, network.but(plan=original.plan.then(plan))
+    return sites, network.but(plan=original.plan.then(plan).model_copy(update={"orders": orders}))
 
 
 def parts_of(plan: Plan, sites: tuple[Site, ...], count: int) -> tuple[tuple[Rule, ...], ...]:

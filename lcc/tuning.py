@@ -12,8 +12,10 @@ import torch
 from lcc import data, train
 from lcc.directory import checkpoints_of
 from lcc.errors import RecipeError
+from lcc.inner_channels import inner_pairs, reorder_
 from lcc.libraries import names_library
 from lcc.manifest import command_line, event_now
+from lcc.network import sites_of
 from lcc.recipe import Finetune, ModelPart
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ def train_network(
     if teacher is None and (options.distill > 0 or options.features > 0):
         settings.say("note: no teacher, so the labels alone are learnt from")
         options = options.model_copy(update={"distill": 0.0, "features": 0.0})
+    if teacher is not None and options.features > 0:
+        teacher = _in_order_of(teacher, network)
     model = copy.deepcopy(network.loaded.model)
     class_names = network.loaded.class_names or data.open_train(options.data).class_names
     result = train.finetune(
@@ -85,6 +89,31 @@ def train_network(
     )
     settings.warn_of(trained)
     return trained, result
+
+
+def _in_order_of(teacher: Network, student: Network) -> Network:
+    """Return the teacher with its inner channels in the student's order, so that features can be compared.
+
+    Raises: RecipeError: they can't be put in that order.
+    """
+    wanted, there = student.plan.orders, teacher.plan.orders
+    left = [name for name, order in wanted.items() if there.get(name) != order]
+    if not left:
+        return teacher
+    model = copy.deepcopy(teacher.loaded.model)
+    pairs = {pair.first: pair for pair in inner_pairs(model, sites_of(teacher))}
+    for name in left:
+        if (
+            name not in pairs
+            or name in there
+            or len(wanted[name]) != len(model.get_parameter(f"{name}.weight"))
+        ):
+            raise RecipeError(
+                f"features: conversion reordered the channels of {name}, and the teacher's can't be put into "
+                "that order; name the original as the teacher, or set features = 0"
+            )
+        reorder_(model, pairs[name], torch.tensor(wanted[name]))
+    return teacher.but(loaded=replace(teacher.loaded, model=model))
 
 
 def original_teacher(network: Network, settings: Settings) -> Network:

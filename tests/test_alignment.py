@@ -9,7 +9,8 @@ from hosts import Block, CalledTwice, Tied, TinyResNet, conv3, photos, seeded
 from torch import nn
 from torch.nn import functional as F
 
-from lcc.alignment import InnerPair, align_, inner_pairs
+from lcc.alignment import align_
+from lcc.inner_channels import InnerPair, inner_pairs
 from lcc.surgery import find_sites
 from lcc.zoo import ZOO
 
@@ -74,7 +75,7 @@ def test_a_network_computes_the_same_after_its_inner_channels_were_aligned(make,
         small = [group for group in stages(model) if model.get_parameter(f"{group[0]}.weight").numel() < 2e5]
         found = align_(model, small, pairs)
         after = model(images)
-    assert found.moved >= 3
+    assert len(found.orders) >= 3
     assert (after - before).abs().max() <= 1e-10 * before.abs().max()
 
 
@@ -220,7 +221,7 @@ def test_equal_kernels_stay_where_they_are():
         block.load_state_dict(model.blocks[0].state_dict())
     state = {key: value.clone() for key, value in model.state_dict().items()}
     found = align_(model, [[f"blocks.{b}.conv1" for b in range(3)]], pairs_of(model, 8, 6))
-    assert found == ((found.distances[0],), 0)
+    assert found == ((found.distances[0],), {})
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 

@@ -154,6 +154,21 @@ def test_the_projection_is_the_closest_member_of_the_family(case):
         assert (conv.weight - near.dense_kernel()).norm() >= best
 
 
+@pytest.mark.parametrize("case", CLOSED_FORMS, ids=str)
+@torch.no_grad()
+def test_it_keeps_the_taps_between_the_channels_that_it_says(case):
+    kept = case.method.kept_pairs(case.spec)
+    if kept is None:
+        return
+    assert kept.dtype == torch.bool
+    assert kept.shape == (case.spec.out_channels, case.spec.in_channels)
+    conv, op = original(case.spec), operator(case)
+    op.project_(conv)
+    around = op.dense_kernel().flatten(2)
+    around[:, :, around.shape[2] // 2] = 0
+    assert torch.equal(around.abs().sum(2) > 0, kept)
+
+
 ROUNDING = 1e-7  # an error of nothing, told from moments: the root of what float64 rounds a square to
 
 

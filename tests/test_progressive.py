@@ -119,6 +119,8 @@ def test_a_converted_network_is_converted_further(tmp_path, data):
     ) | dict.fromkeys(SITES[2:], LinearMix)
     assert first.plan.groups == got.plan.groups[: len(first.plan.groups)]
     assert any("out.stage1: 1 of 2 sites" in line for line in said)
+    assert got.plan.orders.keys() == {"layer2.conv1"}  # for both of its stages at once
+    assert sum("channel groups hold" in line for line in said) == 1
 
 
 def test_there_are_no_more_stages_than_sites(tmp_path, data):

@@ -217,6 +217,13 @@ class Method(Frozen, ABC):
     def build(self, spec: Spec) -> LowCostOp:
         """Return the operator with freshly initialised weights."""
 
+    def kept_pairs(self, spec: Spec) -> Tensor | None:  # noqa: ARG002  # most couple all alike
+        """Return between which channels the taps around the centre stay, bool (C_out, C_in); None: no pairs.
+
+        Only in place of a convolution that `why_not` lets it take.
+        """
+        return None
+
     @classmethod
     def family(cls, spec: Spec) -> tuple[Self, ...]:  # noqa: ARG003  # most have one member
         """Return the configurations that a planner tries on `spec`, those that can't take it included."""

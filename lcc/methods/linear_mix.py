@@ -90,6 +90,12 @@ class LinearMix(Method):
         """Return the operator with freshly initialised weights."""
         return LinearMixOp(self, spec)
 
+    def kept_pairs(self, spec: ConvSpec) -> Tensor:
+        """Return which channels are in one group, bool (C_out, C_in)."""
+        groups = spec.in_channels // self.group_size
+        outputs = torch.arange(spec.out_channels) // (spec.out_channels // groups)
+        return outputs[:, None] == torch.arange(spec.in_channels) // self.group_size
+
 
 class CrossConv2d(nn.Conv2d):
     """A grouped convolution whose kernel is a cross: the full row and column through the centre.
