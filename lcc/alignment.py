@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lcc.inner_channels import reorder_
+from lcc.inner_channels import settle_
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -48,17 +48,9 @@ def align_(model: nn.Module, groups: Sequence[Sequence[str]], pairs: Sequence[In
     """
     banks = _Banks(model, groups)
     distances = [banks.distance()]
-    orders = {pair: torch.arange(len(_weight(model, pair.first))) for pair in pairs if banks.hold(pair)}
-    for _ in range(ROUNDS):
-        better = {pair: order for pair in orders if (order := banks.improve(pair)) is not None}
-        orders |= {pair: orders[pair][order] for pair, order in better.items()}
-        if not better:
-            break
-        distances.append(banks.distance())
-    moved = {pair: o for pair, o in orders.items() if not torch.equal(o, torch.arange(len(o)))}
-    for pair, order in moved.items():
-        reorder_(model, pair, order)
-    return Alignment(tuple(distances), {pair.first: tuple(o.tolist()) for pair, o in moved.items()})
+    held = [pair for pair in pairs if banks.hold(pair)]
+    orders = settle_(model, held, banks.improve, ROUNDS, lambda: distances.append(banks.distance()))
+    return Alignment(tuple(distances), orders)
 
 
 class _Banks:

@@ -108,9 +108,12 @@ def anatomy(
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether the module, or one inside it, carries what a replacement would lose."""
-    return any(
-        "forward" in vars(inner) or any(vars(inner)[hooks] for hooks in HOOKS) for inner in module.modules()
-    )
+    return any(map(has_own_hooks, module.modules()))
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether the module itself carries hooks, or a forward of its own."""
+    return "forward" in vars(module) or any(vars(module)[hooks] for hooks in HOOKS)
 
 
 def _refuse_by_name(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from lcc.plan import Group, Kept, Plan, chained
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from torch import nn
+    from torch import Tensor, nn
 
     from lcc.alignment import Alignment
     from lcc.plan import Site
@@ -28,14 +28,17 @@ if TYPE_CHECKING:
 ALONE = "the kernels of the other sites of its shape are too unlike its own"
 
 
-def settle_banks_(model: nn.Module, sites: tuple[Site, ...], plan: Plan) -> tuple[Plan, Alignment | None]:
+def settle_banks_(
+    model: nn.Module, sites: tuple[Site, ...], plan: Plan, example: Tensor
+) -> tuple[Plan, Alignment | None]:
     """Return the plan with one group for each bank; order inner channels in place where a bank asks for it.
 
     A group that is to have several kernels is split by how alike its dense kernels are. A site that is alone
-    then stays dense. The alignment is that of the banks, None where none asks for it.
+    then stays dense. The alignment is that of the banks, None where none asks for it. `example`: see
+    `lcc.inner_channels.inner_pairs`.
     Raises: NothingToConvertError: every site is alone.
     """
-    pairs = inner_pairs(model, sites) if _to_align(plan) else ()
+    pairs = inner_pairs(model, sites, example) if _to_align(plan) else ()
     alignment = align_(model, _to_align(plan), pairs) if _to_align(plan) else None
     split = plan.model_copy(update={"groups": tuple(part for g in plan.groups for part in _split(model, g))})
     still = split.methods()

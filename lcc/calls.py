@@ -5,13 +5,11 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lcc.errors import SourceError, cannot_run
 from lcc.specs import Size, StepSpec
-from lcc.tracing import evaluating
+from lcc.trials import largest, run_once, same_outputs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +47,7 @@ def record_calls(
     """
     recorder = _Recorder(layers, blocks)
     with _weights_watched([layer for layer in layers if type(layer) is nn.Conv2d]) as read_by_host:
-        _run(model, example, recorder.hooks(model))
+        run_once(model, example, recorder.hooks(model))
     for conv in read_by_host:
         recorder.calls[conv].weight_read = True
     return recorder.calls
@@ -181,50 +179,16 @@ def sole_norms(model: nn.Module, calls: dict[nn.Module, Calls], example: Tensor)
     }
     if not candidates:
         return {}
-    wanted = _run(model, example, [])
+    wanted = run_once(model, example)
 
-    def unchanged(chosen: dict[nn.Module, _BatchNorm]) -> bool:
+    def unchanged(chosen: list[tuple[nn.Module, _BatchNorm]]) -> bool:
         handles = [
-            conv.register_forward_hook(lambda _m, _i, output: output * PROBE_FACTOR) for conv in chosen
+            conv.register_forward_hook(lambda _m, _i, output: output * PROBE_FACTOR) for conv, _ in chosen
         ]
         handles += [
             norm.register_forward_pre_hook(lambda _m, inputs: (inputs[0] / PROBE_FACTOR, *inputs[1:]))
-            for norm in chosen.values()
+            for _, norm in chosen
         ]
-        return _same(_run(model, example, handles), wanted)
+        return same_outputs(run_once(model, example, handles), wanted)
 
-    def sole(chosen: list[tuple[nn.Module, _BatchNorm]]) -> list[tuple[nn.Module, _BatchNorm]]:
-        if unchanged(dict(chosen)):
-            return chosen
-        middle = len(chosen) // 2
-        return sole(chosen[:middle]) + sole(chosen[middle:]) if middle else []
-
-    return {conv: names[norm] for conv, norm in sole(list(candidates.items()))}
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two outputs, tensors or nested containers of them, agree in every bit."""
-    if isinstance(a, Tensor):
-        return bool(torch.equal(a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if a is None or isinstance(a, str | int | float):
-        return bool(a == b)
-    raise SourceError(
-        f"the network returns a {type(a).__name__}, which lcc can't compare: give it tensors, lists or dicts"
-    )
-
-
-def _run(model: nn.Module, example: Tensor, handles: list[Any]) -> Any:
-    """Return the model's output in eval mode; the hooks are removed, modes and random state put back."""
-    devices = [example.device] if example.is_cuda else []
-    with evaluating(model), torch.random.fork_rng(devices=devices):
-        try:
-            return model(example.clone())  # a first layer in place must not change the next run
-        except Exception as error:
-            raise cannot_run(example.shape, error) from error
-        finally:
-            for handle in handles:
-                handle.remove()
+    return {conv: names[norm] for conv, norm in largest(list(candidates.items()), unchanged)}

@@ -38,17 +38,17 @@ def convert_network(
     *,
     fits: Path,
     resume: bool = False,
-    in_order: bool = False,
+    ordered: bool = False,
 ) -> tuple[tuple[Site, ...], Network]:
     """Return the sites of a network, and a converted copy of it.
 
     Without images the fit is from weights, and random weights are not fitted at all. Where fitting is slow,
     what was fitted is kept in the folder `fits` meanwhile; `resume` goes on from it. Inner channels are put
-    into the order that suits the rules, unless they are `in_order` already.
+    into the order that suits the rules, unless they are so `ordered` already.
     Raises: NothingToConvertError: no site; RecipeError: an idle rule, or a host that goes round what was
     replaced; DataError: the images. ArtifactError: the folder of fits.
     """
-    sites, model, decided = planned(original, rules, settings, in_order=in_order)
+    sites, model, decided = planned(original, rules, settings, ordered=ordered)
     with models.seeded(original.loaded.source.seed):
         originals = surgery.replace_(model, decided)
     surgery.check_reached(model, [site for site in sites if site.name in originals], original.example)
@@ -88,25 +88,25 @@ def convert_network(
 
 
 def planned(
-    original: Network, rules: tuple[Rule, ...], settings: Settings, *, in_order: bool = False
+    original: Network, rules: tuple[Rule, ...], settings: Settings, *, ordered: bool = False
 ) -> tuple[tuple[Site, ...], nn.Module, Plan]:
     """Return the sites of a network, a copy of it ready for surgery, and the plan with its banks settled.
 
-    Inner channels of the copy are in the order that suits the plan, unless they are `in_order` already.
+    Inner channels of the copy are in the order that suits the plan, unless they are so `ordered` already.
     Raises: NothingToConvertError: no site; RecipeError: an idle rule.
     """
     sites = sites_of(original)
     model = copy.deepcopy(original.loaded.model)
-    plan, alignment = settle_banks_(model, sites, make_plan(sites, rules))
+    plan, alignment = settle_banks_(model, sites, make_plan(sites, rules), original.example)
     if alignment is not None and alignment.orders:
         before, after = alignment.distances[0], alignment.distances[-1]
         settings.say(
             f"kernels to be shared were {before:.2f} from their mean and are {after:.2f} from it, relative, "
             f"with inner channels reordered in {len(alignment.orders)} places; the network computes the same"
         )
-    if in_order or original.is_random:
+    if ordered or original.is_random:
         return sites, model, plan
-    return sites, model, _group_(model, sites, plan, settings)
+    return sites, model, _group_(model, sites, plan, original.example, settings)
 
 
 def in_order(original: Network, sites: tuple[Site, ...], plan: Plan, settings: Settings) -> Network:
@@ -114,19 +114,22 @@ def in_order(original: Network, sites: tuple[Site, ...], plan: Plan, settings: S
     if original.is_random:
         return original
     model = copy.deepcopy(original.loaded.model)
-    orders = _group_(model, sites, plan, settings).orders
-    done = original.plan.model_copy(update={"orders": chained(original.plan.orders, orders)})
-    return original.but(loaded=replace(original.loaded, model=model), plan=done)
+    orders = _group_(model, sites, plan, original.example, settings).orders
+    plan = original.plan.model_copy(update={"orders": chained(original.plan.orders, orders)})
+    return original.but(loaded=replace(original.loaded, model=model), plan=plan)
 
 
-def _group_(model: nn.Module, sites: tuple[Site, ...], plan: Plan, settings: Settings) -> Plan:
+def _group_(
+    model: nn.Module, sites: tuple[Site, ...], plan: Plan, example: Tensor, settings: Settings
+) -> Plan:
     """Put inner channels into the order that suits a plan; return the plan with the orders."""
-    grouping = group_for_(model, sites, {site: (method,) for site, method in plan.methods().items()})
+    methods = {site: (method,) for site, method in plan.methods().items()}
+    grouping = group_for_(model, sites, methods, example)
     if grouping.orders:
         settings.say(
-            f"channel groups hold {grouping.after:.1%} of the kernels around their centres instead of "
-            f"{grouping.before:.1%}, by energy, with inner channels reordered in {len(grouping.orders)} "
-            "places; the network computes the same"
+            f"reordered the channels between {len(grouping.orders)} pairs of convolutions, so that channel "
+            f"groups hold {grouping.after:.1%} of the kernels' energy around the centres instead of "
+            f"{grouping.before:.1%}; the network computes the same"
         )
     return plan.model_copy(update={"orders": chained(plan.orders, grouping.orders)})
 

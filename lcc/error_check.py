@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lcc.budget import Option
-    from lcc.network import Network
+    from lcc.error_table import Starts
     from lcc.plan import Site
     from lcc.recipe import Calibrate
     from lcc.settings import Settings
@@ -39,7 +39,7 @@ def refuse_few_images(calibration: Calibrate) -> None:
 
 
 def checked_errors(
-    network: Network,
+    starts: Starts,
     sites: tuple[Site, ...],
     options: Sequence[Option],
     calibration: Calibrate,
@@ -52,16 +52,16 @@ def checked_errors(
     """
     from scipy.stats import spearmanr  # not at the start of every command
 
-    preprocessing = network.loaded.preprocessing
+    preprocessing = starts.original.loaded.preprocessing
     images = data.images(calibration.data, preprocessing, 2 * calibration.images, calibration.seed)
     fitted, held_out = images[: calibration.images], images[calibration.images :]
     device = pick_device(settings.device)
-    model = network.loaded.model.eval()
+    model = starts.original.loaded.model.eval()
     true = []
     with placed(model, device), progress.bar("check errors", len(options)) as tick:
         wanted = _log_probabilities(model, held_out.to(device))
         for done, option in enumerate(options, 1):
-            converted = copy.deepcopy(model)
+            converted = copy.deepcopy(starts.of(option.method).loaded.model).to(device).eval()
             with models.seeded(calibration.seed):
                 originals = surgery.replace_(converted, make_plan(sites, rules_of([option])))
             converted.to(device)

@@ -50,8 +50,22 @@ class ErrorTable(NamedTuple):
     cost: str
 
 
+class Starts(NamedTuple):
+    """A network as it is, and with its inner channels in an order that suits channel groups, if that differs.
+
+    Kernels to be shared are converted, and priced, in the first.
+    """
+
+    original: Network
+    grouped: Network
+
+    def of(self, method: Method) -> Network:
+        """Return the network in which a method takes its sites."""
+        return self.original if method.shares else self.grouped
+
+
 def with_errors(
-    network: Network,
+    starts: Starts,
     sites: tuple[Site, ...],
     options: Sequence[Option],
     calibration: Calibrate,
@@ -60,19 +74,21 @@ def with_errors(
     """Return options with the divergence that each is predicted to cause.
 
     Options without a finite error are left out. What is kept is known by lcc's code, by the network, its
-    weights included, and by the images, see `lcc.data.state_of_images`.
+    weights and their order included, and by the images, see `lcc.data.state_of_images`.
     Raises: DataError: the images. ArtifactError: the cache can't be used. SourceError: no classifier.
     """
-    store = Store(cache_folder(), "errors", _conditions(network, sites, calibration), Harm)
-    known = {(harm.method, harm.sites): harm for harm in store.read()}
-    missing = [(o.method, o.sites) for o in options if (o.method, o.sites) not in known]
+    known: dict[Key, Harm] = {}
+    missing, passes = 0, 0.0
+    for network in starts[:1] if starts.grouped is starts.original else starts:
+        keys = [(option.method, option.sites) for option in options if starts.of(option.method) is network]
+        harms, took = _looked_up(network, sites, keys, calibration, settings)
+        known |= harms
+        missing += took.options
+        passes += took.passes
     cost = f"errors of {len(options)} options: kept from an earlier run"
     if missing:
-        store.keep(())  # that the folder can't be written is said before the work
-        passes, found = _found(network, sites, missing, calibration, settings, store.keep)
-        known |= {(harm.method, harm.sites): harm for harm in found}
         cost = (
-            f"errors of {len(missing)} options on {calibration.images} images took as long as {passes:.0f} "
+            f"errors of {missing} options on {calibration.images} images took as long as {passes:.0f} "
             "forward passes over them"
         )
     errors = [(option, known[option.method, option.sites].divergence) for option in options]
@@ -83,6 +99,33 @@ def with_errors(
         example = f"{lost[0].method} at {', '.join(lost[0].sites)}"
         settings.say(f"note: left out, without a finite error: {example} (and {len(lost) - 1} more options)")
     return ErrorTable(priced, {key: harm.relative_error for key, harm in known.items()}, cost)
+
+
+class _Took(NamedTuple):
+    """What finding out took: for so many options as long as so many forward passes over the images."""
+
+    options: int
+    passes: float
+
+
+def _looked_up(
+    network: Network,
+    sites: tuple[Site, ...],
+    options: Sequence[Key],
+    calibration: Calibrate,
+    settings: Settings,
+) -> tuple[dict[Key, Harm], _Took]:
+    """Return what is kept of a network's options, and find out what is not."""
+    if not options:
+        return {}, _Took(0, 0.0)
+    store = Store(cache_folder(), "errors", _conditions(network, sites, calibration), Harm)
+    known = {(harm.method, harm.sites): harm for harm in store.read()}
+    missing = [option for option in options if option not in known]
+    if not missing:
+        return known, _Took(0, 0.0)
+    store.keep(())  # that the folder can't be written is said before the work
+    passes, found = _found(network, sites, missing, calibration, settings, store.keep)
+    return known | {(harm.method, harm.sites): harm for harm in found}, _Took(len(missing), passes)
 
 
 def _found(

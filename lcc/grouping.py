@@ -7,13 +7,14 @@ finds the order in which the two keep the most.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from lcc.inner_channels import inner_pairs, reorder_
+from lcc.inner_channels import inner_pairs, settle_
 from lcc.specs import ConvSpec
 
 if TYPE_CHECKING:
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
     from lcc.plan import Site
 
 ROUNDS = 10  # over all pairs; basic blocks settle in one, bottlenecks within five
-LEAST_GAIN = 1e-3  # of what a pair keeps; less is not worth another round
+LEAST_GAIN = 1e-3  # of what a pair keeps; less is not worth a change of places
 TINY = 1e-30
 
 
 class Grouping(NamedTuple):
-    """Which share of the taps around the centres is kept, by energy, before and after.
+    """Which share of the kernels around their centres is between channels of one group, before and after.
+
+    By energy, averaged over the convolutions.
 
     `orders`: for each convolution of which outputs changed places, which of them comes at each place.
     """
@@ -42,7 +45,7 @@ class Grouping(NamedTuple):
 
 
 def kept_pairs(sites: Sequence[Site], methods: Mapping[str, Sequence[Method]]) -> dict[str, Tensor]:
-    """Return by site which pairs of channels keep their taps, (C_out, C_in), averaged over its methods.
+    """Return by site which pairs of channels stay coupled, (C_out, C_in), averaged over its methods.
 
     `methods`: those to think of at each site. A site of which none of them keeps whole pairs is left out.
     """
@@ -56,14 +59,17 @@ def kept_pairs(sites: Sequence[Site], methods: Mapping[str, Sequence[Method]]) -
     return found
 
 
-def group_for_(model: nn.Module, sites: Sequence[Site], methods: Mapping[str, Sequence[Method]]) -> Grouping:
+def group_for_(
+    model: nn.Module, sites: Sequence[Site], methods: Mapping[str, Sequence[Method]], example: Tensor
+) -> Grouping:
     """Reorder inner channels, in place, for the methods that may take each site, on average.
 
     Where a convolution is to share its kernel, its channels stay: they are aligned, see `lcc.alignment`.
+    `example` (N, C, H, W): see `inner_pairs`.
     """
     kept = kept_pairs(sites, methods)
     sharing = {name for name, each in methods.items() if any(method.shares for method in each)}
-    pairs = inner_pairs(model, sites) if kept else ()
+    pairs = inner_pairs(model, sites, example) if kept else ()
     free = [pair for pair in pairs if not sharing & {pair.first, pair.second}]
     return group_(model, free, kept)
 
@@ -74,39 +80,33 @@ def group_(model: nn.Module, pairs: Sequence[InnerPair], kept: Mapping[str, Tens
 
     Taps count by their energy in what the convolution gives, as far as weights and norms tell: a channel
     behind a norm by the norm's scale, and by how much the second convolution makes of it. A pair at a time
-    takes its best order, round after round until nothing moves. What is kept never gets less.
+    takes its best order, round after round, as long as that adds more than `LEAST_GAIN`. What is kept never
+    gets less. Weights that are not finite stay where they are.
     """
     energies = _energies(model, pairs, kept)
     total = sum(float(energy.sum()) for energy in energies.values())
-    if total == 0:
+    if total == 0 or not math.isfinite(total):
         return Grouping(1.0, 1.0, {})
     before = _inside(energies, kept)
     here = [pair for pair in pairs if pair.first in energies or pair.second in energies]
-    places = {pair: torch.arange(len(model.get_parameter(f"{pair.first}.weight"))) for pair in here}
-    orders = dict(places)
-    for _ in range(ROUNDS):
-        better = {pair: order for pair in here if (order := _improve_(pair, energies, kept)) is not None}
-        orders |= {pair: orders[pair][order] for pair, order in better.items()}
-        if not better:
-            break
-    moved = {pair: order for pair, order in orders.items() if not torch.equal(order, places[pair])}
-    for pair, order in moved.items():
-        reorder_(model, pair, order)
-    found = {pair.first: tuple(order.tolist()) for pair, order in moved.items()}
-    return Grouping(before / total, _inside(energies, kept) / total, found)
+    orders = settle_(model, here, lambda pair: _improve_(pair, energies, kept), ROUNDS)
+    return Grouping(before / total, _inside(energies, kept) / total, orders)
 
 
 def _improve_(pair: InnerPair, energies: dict[str, Tensor], kept: Mapping[str, Tensor]) -> Tensor | None:
     """Take on a better order of a pair's channels and return it; None: there is none."""
-    gains = []  # (channel, place)
+    gains, asked = [], []  # (channel, place); what each place keeps
     if pair.first in energies:
         gains.append(energies[pair.first] @ kept[pair.first].T)
+        asked.append(kept[pair.first])
     if pair.second in energies:
         gains.append(energies[pair.second].T @ kept[pair.second])
+        asked.append(kept[pair.second].T)
     gain = torch.stack(gains).sum(0)
     channels, at = linear_sum_assignment(gain.numpy(), maximize=True)
     order = torch.empty(len(at), dtype=torch.long)
     order[torch.as_tensor(at)] = torch.as_tensor(channels)
+    _sort_alike_(order, torch.cat(asked, 1))
     if gain[order, torch.arange(len(order))].sum() <= gain.trace() * (1 + LEAST_GAIN):
         return None
     for name, axis in ((pair.first, 0), (pair.second, 1)):
@@ -115,12 +115,20 @@ def _improve_(pair: InnerPair, energies: dict[str, Tensor], kept: Mapping[str, T
     return order
 
 
+def _sort_alike_(order: Tensor, asked: Tensor) -> None:
+    """Sort channels among places that keep the same, rows of `asked`: rounding would decide otherwise."""
+    alike = asked.unique(dim=0, return_inverse=True)[1]
+    for kind in alike.unique():
+        places = (alike == kind).nonzero()[:, 0]
+        order[places] = order[places].sort().values
+
+
 def _inside(energies: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> float:
     return sum(float((energy * kept[name]).sum()) for name, energy in energies.items())
 
 
 def _energies(model: nn.Module, pairs: Sequence[InnerPair], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return how much of what a convolution gives comes by the taps around the centre, (C_out, C_in)."""
+    """Return by site which share of what it gives comes by the taps around the centre, (C_out, C_in)."""
     of_outputs, of_inputs = {}, {}
     for pair in pairs:
         first, second = (_squares(model, name).sum(2) for name in (pair.first, pair.second))

@@ -6,6 +6,7 @@ what the norm stores and the columns of the second move together, and the networ
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,16 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lcc.anatomy import has_hooks
+from lcc.anatomy import has_hooks, has_own_hooks
 from lcc.specs import ConvSpec
 from lcc.tracing import activation_of, activation_within, is_identity, is_leaf, is_norm, trace, undisturbed
+from lcc.trials import largest, run_once, same_outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import fx
 
     from lcc.plan import Site
+
+
+ROUNDING = 1e-9  # of the largest output, in float64
 
 
 class InnerPair(NamedTuple):
@@ -34,24 +39,86 @@ class InnerPair(NamedTuple):
     second: str
 
 
-def inner_pairs(model: nn.Module, sites: Sequence[Site]) -> tuple[InnerPair, ...]:
+def inner_pairs(model: nn.Module, sites: Sequence[Site], example: Tensor) -> tuple[InnerPair, ...]:
     """Return the pairs of convolutions, each called once, between which channels may come in any order.
 
     `sites`: what `find_sites` says of the model, which is left as it was. Found by tracing the model, or
-    those of its modules that can be traced.
+    those of its modules that can be traced, in eval and in training mode; and tried: channels of a copy in
+    float64 change places, and it has to give the same for `example` (N, C, H, W).
+    Raises: SourceError: the model can't run on the example.
     """
-    free = {model.get_submodule(site.name): site for site in sites if _is_free(site)}
+    free = {model.get_submodule(site.name): site for site in sites if _is_free(model, site)}
     names = {module: name for name, module in model.named_modules()}
     held = Counter(id(tensor) for module in model.modules() for tensor in _own(module))
-    found: list[InnerPair] = []
+    found = []
     with undisturbed(model):
-        for first, norm, second in _chains(model):
-            if first not in free or second not in free or first is second:
+        in_eval = list(_chains(model))
+        model.train()
+        in_training = set(_chains(model))
+        for first, norm, second in dict.fromkeys(in_eval):
+            always = (first, norm, second) in in_training
+            if not always or first not in free or second not in free or first is second:
                 continue
             if norm is None or _can_be_reordered(norm, free[first], names[norm], held):
                 between = None if norm is None else names[norm]
                 found.append(InnerPair(free[first].name, between, free[second].name))
-    return tuple(dict.fromkeys(found))
+    unseen = [pair for pair in found if not _is_looked_into(model, pair)]
+    return tuple(_tried(model, unseen, example))
+
+
+def _tried(model: nn.Module, pairs: list[InnerPair], example: Tensor) -> list[InnerPair]:
+    """Return the pairs of which the channels can change places, and the model computes the same."""
+    if not pairs:
+        return []
+    exact, images = copy.deepcopy(model).double(), example.double()
+    wanted = run_once(exact, images)
+
+    def stays(chosen: list[InnerPair]) -> bool:
+        trial = copy.deepcopy(exact)
+        for pair in chosen:
+            reorder_(trial, pair, torch.arange(_width(trial, pair)).roll(1))
+        return same_outputs(run_once(trial, images), wanted, tolerance=ROUNDING)
+
+    return largest(pairs, stays)
+
+
+def _is_looked_into(model: nn.Module, pair: InnerPair) -> bool:
+    """Whether hooks of a module around some of a pair's layers, and not all, may see what is in between."""
+    layers = [name for name in pair if name is not None]
+    for outer, module in model.named_modules():
+        inside = sum(name.startswith(f"{outer}.") for name in layers)
+        if 0 < inside < len(layers) and has_own_hooks(module):
+            return True
+    return False
+
+
+def settle_(
+    model: nn.Module,
+    pairs: Iterable[InnerPair],
+    better: Callable[[InnerPair], Tensor | None],
+    rounds: int,
+    after_round: Callable[[], None] = lambda: None,
+) -> dict[str, tuple[int, ...]]:
+    """Reorder, in place, as `better` says of one pair at a time, round after round until it has none.
+
+    Return for each convolution of which outputs changed places which of them comes at each place.
+    """
+    places = {pair: torch.arange(_width(model, pair)) for pair in pairs}
+    orders = dict(places)
+    for _ in range(rounds):
+        found = {pair: order for pair in places if (order := better(pair)) is not None}
+        orders |= {pair: orders[pair][order] for pair, order in found.items()}
+        if not found:
+            break
+        after_round()
+    moved = {pair: order for pair, order in orders.items() if not torch.equal(order, places[pair])}
+    for pair, order in moved.items():
+        reorder_(model, pair, order)
+    return {pair.first: tuple(order.tolist()) for pair, order in moved.items()}
+
+
+def _width(model: nn.Module, pair: InnerPair) -> int:
+    return len(model.get_parameter(f"{pair.first}.weight"))
 
 
 @torch.no_grad()
@@ -66,10 +133,13 @@ def reorder_(model: nn.Module, pair: InnerPair, order: Tensor) -> None:
     weight.copy_(weight.index_select(1, order.to(weight.device)))
 
 
-def _is_free(site: Site) -> bool:
+def _is_free(model: nn.Module, site: Site) -> bool:
     """Whether a site is a convolution of all channels, called once, and nothing else reads its weights."""
-    dense = isinstance(site.spec, ConvSpec) and site.spec.groups == 1
-    return dense and site.obstacle is None and len(site.sizes) == 1
+    spec = site.spec
+    if not isinstance(spec, ConvSpec) or spec.groups > 1 or site.obstacle is not None or len(site.sizes) != 1:
+        return False
+    own = list(_own(model.get_submodule(site.name)))  # a user's buffers, too
+    return all(tensor.ndim == 0 or len(tensor) == spec.out_channels for tensor in own)
 
 
 def _chains(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module | None, nn.Module]]:

@@ -29,7 +29,8 @@ from lcc.plan_report import plan_line, rules_text
 from lcc.planning import plan_within
 from lcc.recipe import Budget, Calibrate, Finetune, ModelPart
 from lcc.specs import Cost
-from lcc.tuning import original_teacher, train_network
+from lcc.teachers import original_teacher
+from lcc.tuning import train_network
 from lcc.written_files import check_file, written_at_once
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lcc.errors import NothingToConvertError, RecipeError
 from lcc.methods import AnyMethod, Method
@@ -138,6 +138,14 @@ class Plan(Frozen):
     steps: dict[str, StepSpec] = Field(default_factory=dict)
     orders: dict[str, tuple[int, ...]] = Field(default_factory=dict)
 
+    @field_validator("orders")
+    @classmethod
+    def _are_orders(cls, orders: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        for site, order in orders.items():
+            if sorted(order) != list(range(len(order))):
+                raise ValueError(f"{site}: not an order of {len(order)} channels")
+        return orders
+
     def is_first(self, site: str) -> bool:
         """Whether a converted site counts what it shares: the first of a bank, and every other site."""
         return self.shares_with(site) is None
@@ -165,12 +173,12 @@ class Plan(Frozen):
 def chained(
     first: Mapping[str, tuple[int, ...]], then: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the orders of outputs that two reorderings make, one after the other."""
+    """Return the orders of outputs that two reorderings make, one after the other; not those that stay."""
     both = {
         site: tuple(first[site][place] for place in order) if site in first else order
         for site, order in then.items()
     }
-    return {**first, **both}
+    return {site: order for site, order in {**first, **both}.items() if order != tuple(range(len(order)))}
 
 
 def rules_for(

@@ -17,7 +17,7 @@ from lcc.banks import refuse_unsettled
 from lcc.budget import amount, check, eased, floor
 from lcc.candidates import obstacles, options_for, worthwhile
 from lcc.counts import count_macs, count_params
-from lcc.error_table import with_errors
+from lcc.error_table import Starts, with_errors
 from lcc.errors import InfeasibleError, NothingToConvertError
 from lcc.grouping import group_for_
 from lcc.latency_table import Timing
@@ -41,12 +41,9 @@ if TYPE_CHECKING:
 
 
 class Tables(NamedTuple):
-    """All that a choice is made from: `options` with what each saves alone, `now` what the network costs.
+    """All that a choice is made from: `options` with what each saves alone, `now` what the network costs."""
 
-    `network` is the original, its inner channels in the order for which errors are predicted.
-    """
-
-    network: Network
+    starts: Starts
     sites: tuple[Site, ...]
     now: Costs
     options: list[Option]
@@ -107,10 +104,10 @@ def tables_for(
         reached = ", ".join(amount(target.quantity, now[target.quantity]) for target in targets)
         raise NothingToConvertError(f"nothing to convert: the network has its targets already ({reached})")
     options = worthwhile(options, quantities)
-    network = _grouped(original, sites, options)
-    errors = with_errors(network, sites, options, calibration, settings)
+    starts = Starts(original, _grouped(original, sites, methods))
+    errors = with_errors(starts, sites, options, calibration, settings)
     found = errors.options if budget.keep == "outputs" else _by_capacity(errors.options, now)
-    return Tables(network, sites, now, found, errors, clock)
+    return Tables(starts, sites, now, found, errors, clock)
 
 
 def not_tried(original: Network, budget: Budget) -> str:
@@ -139,17 +136,20 @@ def _by_capacity(options: Sequence[Option], now: Costs) -> list[Option]:
     ]
 
 
-def _grouped(original: Network, sites: tuple[Site, ...], options: Sequence[Option]) -> Network:
-    """Return the network with its inner channels in the order that suits the options on average."""
+def _grouped(original: Network, sites: tuple[Site, ...], methods: Sequence[Method | type[Method]]) -> Network:
+    """Return the network with its inner channels in the order that suits all options on average.
+
+    Those, too, that globs or targets leave out: the order, and the errors with it, are the same without them.
+    """
     if original.is_random:
         return original
-    methods: dict[str, list[Method]] = {}
-    for option in options:
+    able: dict[str, list[Method]] = {}
+    for option in options_for(sites, methods):
         if not option.method.shares:
-            methods.setdefault(option.sites[0], []).append(option.method)
+            able.setdefault(option.sites[0], []).append(option.method)
     model = copy.deepcopy(original.loaded.model)
-    group_for_(model, sites, methods)
-    return original.but(loaded=replace(original.loaded, model=model))
+    moved = group_for_(model, sites, able, original.example).orders
+    return original.but(loaded=replace(original.loaded, model=model)) if moved else original
 
 
 def _methods(budget: Budget) -> list[Method | type[Method]]:

@@ -80,7 +80,7 @@ def plan_within(
     if drop is not None:
         report = report.model_copy(update={"drop": drop})
     if check_errors:
-        said = checked_errors(tables.network, tables.sites, tables.options, calibration, settings)
+        said = checked_errors(tables.starts, tables.sites, tables.options, calibration, settings)
         report = report.model_copy(update={"checked": said})
     return Planned((*rules_of(found.taken), kept), report)
 

@@ -73,7 +73,7 @@ def convert_in_stages(
     orders = network.plan.orders
     for part, place in zip(parts, places, strict=True):
         _, network = convert_network(
-            network, part, calibrate, settings, fits=fits_of(place), resume=resume, in_order=True
+            network, part, calibrate, settings, fits=fits_of(place), resume=resume, ordered=True
         )
         if place != directory:
             network, result = train_network(

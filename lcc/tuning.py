@@ -12,14 +12,13 @@ import torch
 from lcc import data, train
 from lcc.directory import checkpoints_of
 from lcc.errors import RecipeError
-from lcc.inner_channels import inner_pairs, reorder_
 from lcc.libraries import names_library
 from lcc.manifest import command_line, event_now
-from lcc.network import sites_of
-from lcc.recipe import Finetune, ModelPart
+from lcc.teachers import in_order_of
 
 if TYPE_CHECKING:
     from lcc.network import Network
+    from lcc.recipe import Finetune, ModelPart
     from lcc.settings import Settings
     from lcc.train import TrainResult
 
@@ -44,7 +43,7 @@ def train_network(
         settings.say("note: no teacher, so the labels alone are learnt from")
         options = options.model_copy(update={"distill": 0.0, "features": 0.0})
     if teacher is not None and options.features > 0:
-        teacher = _in_order_of(teacher, network)
+        teacher = in_order_of(teacher, network)
     model = copy.deepcopy(network.loaded.model)
     class_names = network.loaded.class_names or data.open_train(options.data).class_names
     result = train.finetune(
@@ -56,7 +55,7 @@ def train_network(
         sites=tuple(network.plan.methods()),
         checkpoint_dir=checkpoints_of(directory),
         resume=resume,
-        origin=origin,
+        origin=f"{origin} {network.plan.orders}",
         device=settings.device,
         workers=workers,
         say=settings.say,
@@ -89,57 +88,6 @@ def train_network(
     )
     settings.warn_of(trained)
     return trained, result
-
-
-def _in_order_of(teacher: Network, student: Network) -> Network:
-    """Return the teacher with its inner channels in the student's order, so that features can be compared.
-
-    Raises: RecipeError: they can't be put in that order.
-    """
-    wanted, there = student.plan.orders, teacher.plan.orders
-    left = [name for name, order in wanted.items() if there.get(name) != order]
-    if not left:
-        return teacher
-    model = copy.deepcopy(teacher.loaded.model)
-    pairs = {pair.first: pair for pair in inner_pairs(model, sites_of(teacher))}
-    for name in left:
-        if (
-            name not in pairs
-            or name in there
-            or len(wanted[name]) != len(model.get_parameter(f"{name}.weight"))
-        ):
-            raise RecipeError(
-                f"features: conversion reordered the channels of {name}, and the teacher's can't be put into "
-                "that order; name the original as the teacher, or set features = 0"
-            )
-        reorder_(model, pairs[name], torch.tensor(wanted[name]))
-    return teacher.but(loaded=replace(teacher.loaded, model=model))
-
-
-def original_teacher(network: Network, settings: Settings) -> Network:
-    """Return the trained original of a converted network, to be its teacher, if the library has it."""
-    source = network.loaded.source
-    if network.was_trained_first:
-        raise RecipeError(
-            "the original was trained before it was converted, and is not in this directory; name it, "
-            "--teacher DIR, or pass --set distill=0"
-        )
-    if source.is_random:
-        raise RecipeError(
-            "the original had random weights and can't teach; name a --teacher, or pass --set distill=0"
-        )
-    if source.has_new_head:
-        raise RecipeError(
-            f"the original's last layer was new, for {source.num_classes} classes, and can't teach; name a "
-            "--teacher trained on this data, or pass --set distill=0"
-        )
-    if source.weights != "default":
-        file = source.weights.removeprefix("file:")
-        raise RecipeError(
-            f"distillation learns from the original network: give its weights again, --teacher {file}, "
-            "or pass --set distill=0"
-        )
-    return settings.open(ModelPart(source=source.id, num_classes=source.num_classes), name="original")
 
 
 def untrained(part: ModelPart) -> ModelPart:

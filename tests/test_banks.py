@@ -97,8 +97,9 @@ class Row(nn.Module):
 
 
 def settled(model, method):
-    sites = find_sites(model, photos(1, 8, 4))
-    return settle_banks_(model, sites, make_plan(sites, rules_for(method)))[0]
+    example = photos(1, 8, 4)
+    sites = find_sites(model, example)
+    return settle_banks_(model, sites, make_plan(sites, rules_for(method)), example)[0]
 
 
 def test_a_bank_with_several_kernels_is_split_by_how_alike_they_are_whatever_their_size():
@@ -135,7 +136,8 @@ def test_settling_leaves_the_function_of_the_network_as_it_was(align, kernels):
 def test_banks_of_other_methods_stay_as_they_are():
     model = seeded(lambda: Row("abc"))
     plan = Plan(groups=(Group(method=LinearMix(), sites=("convs.0", "convs.1")),))
-    assert settle_banks_(model, find_sites(model, photos(1, 8, 4)), plan) == (plan, None)
+    example = photos(1, 8, 4)
+    assert settle_banks_(model, find_sites(model, example), plan, example) == (plan, None)
 
 
 # Published networks

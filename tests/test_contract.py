@@ -154,12 +154,12 @@ def test_the_projection_is_the_closest_member_of_the_family(case):
         assert (conv.weight - near.dense_kernel()).norm() >= best
 
 
-@pytest.mark.parametrize("case", CLOSED_FORMS, ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CLOSED_FORMS if c.method.kept_pairs(c.spec) is not None], ids=str
+)
 @torch.no_grad()
 def test_it_keeps_the_taps_between_the_channels_that_it_says(case):
     kept = case.method.kept_pairs(case.spec)
-    if kept is None:
-        return
     assert kept.dtype == torch.bool
     assert kept.shape == (case.spec.out_channels, case.spec.in_channels)
     conv, op = original(case.spec), operator(case)

@@ -47,8 +47,9 @@ def converted(method, source="zoo:cifar_resnet20", size=16):
                 positive.uniform_(0.5, 1.5)
             for signed in (module.bias.data, module.running_mean):
                 signed.normal_(std=0.3)
-    sites = find_sites(model, photos(1, size).float())
-    plan, _ = settle_banks_(model, sites, make_plan(sites, rules_for(method)))
+    example = photos(1, size).float()
+    sites = find_sites(model, example)
+    plan, _ = settle_banks_(model, sites, make_plan(sites, rules_for(method)), example)
     project_(model, replace_(model, plan))
     for operator in (model.get_submodule(name) for name in plan.methods()):
         if operator.scale is not None:

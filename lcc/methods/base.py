@@ -218,9 +218,9 @@ class Method(Frozen, ABC):
         """Return the operator with freshly initialised weights."""
 
     def kept_pairs(self, spec: Spec) -> Tensor | None:  # noqa: ARG002  # most couple all alike
-        """Return between which channels the taps around the centre stay, bool (C_out, C_in); None: no pairs.
+        """Return which pairs of channels stay coupled around the centre, bool (C_out, C_in); None: no such.
 
-        Only in place of a convolution that `why_not` lets it take.
+        By all taps or those of its stencil. Only in place of a convolution that `why_not` lets it take.
         """
         return None
 
