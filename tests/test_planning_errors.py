@@ -68,7 +68,7 @@ def test_slow_fits_that_were_done_survive_an_interruption(data, passes, monkeypa
 
 
 @pytest.mark.parametrize(
-    "change", ["weight", "statistics", "images", "seed", "data", "code", "preprocessing"]
+    "change", ["weight", "statistics", "images", "seed", "data", "code", "torch", "preprocessing"]
 )
 def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change, monkeypatch):
     options = {"methods": ("circulant",)}
@@ -81,6 +81,8 @@ def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change,
         other.loaded.model.bn.running_var[0] += 1e-3
     elif change == "code":
         monkeypatch.setattr(error_table, "own_code", lambda: "another version")
+    elif change == "torch":
+        monkeypatch.setattr(error_table.torch, "__version__", "2.11.1")
     elif change == "preprocessing":
         form = FORM.model_copy(update={"std": (0.3, 0.3, 0.3)})
         loaded = Loaded(model=other.loaded.model, source=other.loaded.source, preprocessing=form)
