@@ -210,15 +210,19 @@ def run(
 
     overrides = tuple(set_ or ())
     wanted = recipes.load(recipe, overrides)
-    report = whole_run.run(
-        wanted,
-        recipes.text_with(recipe, overrides),
-        out or Path(recipe.stem),
-        settings,
-        resume=resume,
-        workers=workers,
-        options=whole_run.bench_options(wanted) if latency else None,
-    )
+    try:
+        report = whole_run.run(
+            wanted,
+            recipes.text_with(recipe, overrides),
+            out or Path(recipe.stem),
+            settings,
+            resume=resume,
+            workers=workers,
+            options=whole_run.bench_options(wanted) if latency else None,
+        )
+    except whole_run.NotExportedError as error:
+        print_report(error.report, form_of(as_json=as_json))
+        raise
     print_report(report, form_of(as_json=as_json))
 
 

@@ -11,6 +11,7 @@ from lcc import recipe_file as recipes
 from lcc.comparison import EVAL_BATCH, BenchOptions, measured_accuracy, on_data, timed_report
 from lcc.conversion import convert_network
 from lcc.directory import checkpoints_of, fits_of
+from lcc.errors import CheckFailedError
 from lcc.export import to_onnx
 from lcc.hashing import hash_of_weights
 from lcc.pipeline import decided, exported_lines, onnx_beside, open_first, saved
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
 DEMO = Path(__file__).parent / "demo"
 
 
+class NotExportedError(CheckFailedError):
+    """All was done but the export, whose check failed; `report` is what the run would have given."""
+
+    def __init__(self, error: CheckFailedError, report: Report) -> None:
+        super().__init__(str(error))
+        self.report = report
+
+
 def run(
     recipe: Recipe,
     text: str,
@@ -42,7 +51,8 @@ def run(
 ) -> Report:
     """Do all that a recipe says, in order, and report every stage; `text` is the recipe as given.
 
-    The result is the lcc directory, and DIR.onnx where the recipe exports. Raises: what the stages raise.
+    The result is the lcc directory, and DIR.onnx where the recipe exports.
+    Raises: what the stages raise; NotExportedError, at the end: the export failed its check.
     """
     artifact.check_target(directory, force=settings.force)
     if recipe.export is not None:
@@ -91,10 +101,13 @@ def run(
         rows.add(network, sites, accuracy=accuracy)
     else:
         rows.lines[-1] = rows.lines[-1].model_copy(update={"size_bytes": network.size_bytes})
-    notes = () if recipe.export is None else _exported(network, recipe.export, directory)
+    notes, failed = _exported(network, recipe.export, directory)
     untimed = "converted" if recipe.finetune is not None else None
     report = timed_report(tuple(rows.lines), tuple(rows.networks), options, settings, untimed=untimed)
-    return report.model_copy(update={"notes": (*report.notes, *notes)})
+    report = report.model_copy(update={"notes": (*report.notes, *notes)})
+    if failed is not None:
+        raise NotExportedError(failed, report) from failed
+    return report
 
 
 def _converted(
@@ -156,9 +169,17 @@ def _discard_leftovers(recipe: Recipe, directory: Path) -> None:
         checkpoints.discard(checkpoints_of(directory))
 
 
-def _exported(network: Network, chosen: Export, directory: Path) -> tuple[str, ...]:
-    made = to_onnx(network.loaded, onnx_beside(directory), network.plan, **chosen.model_dump())
-    return exported_lines(made)
+def _exported(
+    network: Network, chosen: Export | None, directory: Path
+) -> tuple[tuple[str, ...], CheckFailedError | None]:
+    """Export where a recipe says so; return notes on it, and what its check found wrong."""
+    if chosen is None:
+        return (), None
+    try:
+        made = to_onnx(network.loaded, onnx_beside(directory), network.plan, **chosen.model_dump())
+    except CheckFailedError as error:
+        return (f"not exported: {error}",), error
+    return exported_lines(made), None
 
 
 class _Rows:

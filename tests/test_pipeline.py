@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -202,6 +203,25 @@ def test_a_run_exports_into_a_folder_that_is_not_there_yet(tmp_path):
     report = run(tmp_path / "new" / "out", model=NET, convert=RULES, export=Export())
     assert (tmp_path / "new" / "out.onnx").is_file()
     assert "checked in ONNX Runtime" in report.notes[-1]
+
+
+def test_a_run_whose_export_fails_its_check_still_reports_and_keeps_the_network(
+    tmp_path, lcc_run, monkeypatch
+):
+    def failing(*_, **__):
+        raise CheckFailedError("differs too much")
+
+    monkeypatch.setattr(whole_run, "to_onnx", failing)
+    (tmp_path / "recipe.toml").write_text(
+        f'lcc = 1\n[model]\nsource = "{NET.source}"\nweights = "none"\nimage_size = [8, 8]\n'
+        '[[convert]]\nmatch = "layer3.2.*"\nmethod = { name = "linear_mix" }\n[export]\n'
+    )
+    code, out, err = lcc_run("run", tmp_path / "recipe.toml", "-o", tmp_path / "out", "--no-latency")
+    assert code == 3
+    assert err.splitlines()[-1] == "lcc: differs too much"
+    assert re.search(r"converted .*not exported: differs too much", out, re.DOTALL)
+    assert (tmp_path / "out" / "manifest.json").is_file()
+    assert not (tmp_path / "out.onnx").exists()
 
 
 @pytest.mark.slow
