@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lcc.anatomy import has_hooks, has_own_hooks
+from lcc.errors import SourceError
 from lcc.specs import ConvSpec
 from lcc.tracing import activation_of, activation_within, is_identity, is_leaf, is_norm, trace, undisturbed
 from lcc.trials import largest, run_once, same_outputs
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from torch import fx
 
     from lcc.plan import Site
-
 
 ROUNDING = 1e-9  # of the largest output, in float64
 
@@ -45,7 +45,6 @@ def inner_pairs(model: nn.Module, sites: Sequence[Site], example: Tensor) -> tup
     `sites`: what `find_sites` says of the model, which is left as it was. Found by tracing the model, or
     those of its modules that can be traced, in eval and in training mode; and tried: channels of a copy in
     float64 change places, and it has to give the same for `example` (N, C, H, W).
-    Raises: SourceError: the model can't run on the example.
     """
     free = {model.get_submodule(site.name): site for site in sites if _is_free(model, site)}
     names = {module: name for name, module in model.named_modules()}
@@ -67,11 +66,13 @@ def inner_pairs(model: nn.Module, sites: Sequence[Site], example: Tensor) -> tup
 
 
 def _tried(model: nn.Module, pairs: list[InnerPair], example: Tensor) -> list[InnerPair]:
-    """Return the pairs of which the channels can change places, and the model computes the same."""
+    """Return the pairs of which the channels can change places, and the model computes the same.
+
+    None of a model that can't be tried: its code may insist on float32, or return what can't be compared.
+    """
     if not pairs:
         return []
     exact, images = copy.deepcopy(model).double(), example.double()
-    wanted = run_once(exact, images)
 
     def stays(chosen: list[InnerPair]) -> bool:
         trial = copy.deepcopy(exact)
@@ -79,7 +80,11 @@ def _tried(model: nn.Module, pairs: list[InnerPair], example: Tensor) -> list[In
             reorder_(trial, pair, torch.arange(_width(trial, pair)).roll(1))
         return same_outputs(run_once(trial, images), wanted, tolerance=ROUNDING)
 
-    return largest(pairs, stays)
+    try:
+        wanted = run_once(exact, images)
+        return largest(pairs, stays)
+    except SourceError:
+        return []
 
 
 def _is_looked_into(model: nn.Module, pair: InnerPair) -> bool:

@@ -1,5 +1,7 @@
 """Which channels may come in any order: found where they are, and nowhere else."""
 
+import types
+
 import pytest
 import torch
 import torchvision
@@ -159,6 +161,28 @@ class Reads(nn.Module):
 def test_what_a_host_reads_from_an_attribute_is_not_free():
     assert pairs_of(seeded(Remembers), 8, 4) == (InnerPair("a", None, "b"),)
     assert pairs_of(seeded(Reads), 8, 4) == ()
+
+
+class InFloat32(Block):
+    """Insists on a type."""
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+class Named(Block):
+    """Returns what is no tensor."""
+
+    def forward(self, x):
+        return types.SimpleNamespace(out=super().forward(x))
+
+
+@pytest.mark.parametrize("host", [InFloat32, Named])
+def test_channels_of_a_network_that_can_not_be_tried_are_not_free(host):
+    model, example = host(4).eval(), photos(1, 8, 4).float()
+    sites = find_sites(Block(4).eval(), example)
+    assert inner_pairs(Block(4).eval(), sites, example) == (InnerPair("conv1", "bn1", "conv2"),)
+    assert inner_pairs(model, sites, example) == ()
 
 
 class WithAuxiliary(nn.Module):
