@@ -6,6 +6,7 @@ Pure: in goes what every option saves and harms, out come those to take. HiGHS s
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import sys
@@ -124,10 +125,15 @@ def parse_target(text: str) -> Target:
         raise RecipeError(f"{text}: {name!r} is none of {', '.join(UNITS)}; try macs=50%")
     match, unit = AMOUNT.fullmatch(wanted), UNITS[quantity]
     number = 0.0 if match is None else float(match["number"])
+    match = match if math.isfinite(number) else None
     factors = {known.lower(): factor for known, factor in unit.factors.items()}
     if unit.factors is COUNTS and number >= COUNTS["k"]:  # less may be meant as a share
         factors[""] = 1.0
-    if match is None or (match["unit"] != "%" and (match["minus"] or match["unit"].lower() not in factors)):
+    if (
+        match is None
+        or not math.isfinite(number)
+        or (match["unit"] != "%" and (match["minus"] or match["unit"].lower() not in factors))
+    ):
         raise RecipeError(
             f"{text}: write {name}=50% to keep half, {name}=-40% to cut 40 %, or an amount such as "
             f"{unit.example} (units: {', '.join(unit.factors)})"
@@ -248,9 +254,9 @@ def _by(taken: Sequence[Option]) -> str:
     for option in taken:
         counts[str(option.method)] += len(option.sites)
     if not counts:
-        return "since nothing that lcc knows makes any of it cheaper"
+        return "since nothing that was tried makes any of it cheaper"
     named = [f"{method} on {count} site{'s' * (count > 1)}" for method, count in counts.most_common(2)]
-    more = f" and {len(counts) - 2} more methods" if len(counts) > 2 else ""
+    more = f" and {len(counts) - 2} more method{'s' * (len(counts) > 3)}" if len(counts) > 2 else ""
     return f"by {', '.join(named)}{more}"
 
 

@@ -174,13 +174,9 @@ def convert(
         calibration = checked(Calibrate, data=calibrate, seed=part.seed, **count)
     elif images is not None:
         raise RecipeError("--images says how many of --calibrate DATA to look at; give --calibrate, too")
-    if out is None and not dry_run:
-        raise RecipeError("say where to put the result: -o DIR (or --dry-run to write nothing)")
-    if isinstance(decision, tuple) and save_plan is not None:
-        raise RecipeError("--save-plan writes what a planner decides; give it a --target or a --max-drop")
-    if check_errors and (isinstance(decision, tuple) or not dry_run):
-        raise RecipeError("--check-errors goes with --dry-run and a --target or a --max-drop")
-    if not isinstance(decision, tuple) and calibration is None:
+    planner = not isinstance(decision, tuple)
+    _refuse_idle(out, save_plan, planner=planner, dry_run=dry_run, check_errors=check_errors, resume=resume)
+    if planner and calibration is None:
         raise RecipeError(
             "a planner needs --calibrate DATA: images show what harms least; labels are not used"
         )
@@ -196,3 +192,23 @@ def convert(
             part, decision, calibration, settings, save_plan=save_plan, check_errors=check_errors
         )
         print_plan(planned.report, as_json=as_json)
+
+
+def _refuse_idle(
+    out: Path | None,
+    save_plan: Path | None,
+    *,
+    planner: bool,
+    dry_run: bool,
+    check_errors: bool,
+    resume: bool,
+) -> None:
+    """Raise RecipeError for options that would do nothing, and where nothing says where the result goes."""
+    if out is None and not dry_run:
+        raise RecipeError("say where to put the result: -o DIR (or --dry-run to write nothing)")
+    if resume and dry_run:
+        raise RecipeError("--resume goes on with a conversion, --dry-run makes none: leave one of them out")
+    if save_plan is not None and not planner:
+        raise RecipeError("--save-plan writes what a planner decides; give it a --target or a --max-drop")
+    if check_errors and not (planner and dry_run):
+        raise RecipeError("--check-errors goes with --dry-run and a --target or a --max-drop")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record", bound=Frozen)
 
+PLAIN = (bool, int, float, str, tuple)  # attributes by which a network may compute something else
+
 
 class Store(Generic[Record]):
     """The file of one kind of record under one set of conditions; `folder` None: nothing is read or kept."""
@@ -116,10 +118,18 @@ def own_code() -> str:
 
 
 def code_of(model: nn.Module) -> str:
-    """Return the source text of a network's classes, torch's own left out, as far as there is any."""
-    texts = []
-    for kind in dict.fromkeys(type(module) for module in model.modules()):
-        if kind.__module__.partition(".")[0] != "torch":
-            with suppress(OSError, TypeError):  # typed in, or compiled
-                texts.append(inspect.getsource(kind))
-    return "".join(texts)
+    """Return the files that a network's classes are in, as far as there are any, and its plain attributes.
+
+    torch's own classes are left out.
+    """
+    own = [module for module in model.modules() if type(module).__module__.partition(".")[0] != "torch"]
+    texts = {}
+    for kind in dict.fromkeys(map(type, own)):
+        with suppress(OSError, TypeError):  # typed in, or compiled
+            file = inspect.getsourcefile(kind) or ""
+            texts[file] = Path(file).read_text(encoding="utf-8", errors="replace")
+    plain = [
+        {name: value for name, value in sorted(vars(module).items()) if isinstance(value, PLAIN)}
+        for module in own
+    ]
+    return f"{''.join(texts.values())}{plain}"

@@ -102,8 +102,9 @@ class Rule(Frozen):
     reason: str | None = None
 
     def matches(self, site: Site) -> bool:
-        """Whether any glob matches any name of the site."""
-        return any(fnmatchcase(name, glob) for glob in self.match for name in site.names)
+        """Whether any glob matches any name of the site, or is one, letter by letter."""
+        by_glob = (fnmatchcase(name, glob) for glob in self.match for name in site.names)
+        return self.spells_out(site) or any(by_glob)
 
     def spells_out(self, site: Site) -> bool:
         """Whether a pattern is one of the site's names, letter by letter."""

@@ -19,6 +19,7 @@ from lcc.candidates import obstacles, options_for, worthwhile
 from lcc.counts import count_macs, count_params
 from lcc.error_table import Starts, with_errors
 from lcc.errors import InfeasibleError, NothingToConvertError
+from lcc.evaluation import pick_device
 from lcc.grouping import group_for_
 from lcc.latency_table import Timing
 from lcc.method_text import method_from_text
@@ -92,10 +93,14 @@ def tables_for(
         data.enough_images(calibration.data, calibration.images)
         clock = _clock(original, sites, budget, settings)
         also: list[Quantity] = [target.quantity for target in counted]
-        options = clock.price(worthwhile(options, [*also, "macs"]), settings.say)
+        cheaper = worthwhile(options, [*also, "macs"])
+        options = clock.price(cheaper, settings.say)
         now = {**now, "latency": clock.now_ms}
         in_company = clock.scaled(options)
-        check(in_company, now, eased(in_company, now, targets))
+        try:
+            check(in_company, now, eased(in_company, now, targets))
+        except InfeasibleError as error:
+            raise InfeasibleError(f"{error}{_left_out(len(cheaper) - len(options), len(cheaper))}") from error
         if not targets and floor(in_company, now, "latency").costs["latency"] >= clock.now_ms:
             raise InfeasibleError(
                 "satisfiable: no; the floor is 100% of the latency: nothing that would save MACs was faster"
@@ -104,10 +109,17 @@ def tables_for(
         reached = ", ".join(amount(target.quantity, now[target.quantity]) for target in targets)
         raise NothingToConvertError(f"nothing to convert: the network has its targets already ({reached})")
     options = worthwhile(options, quantities)
+    pick_device(settings.device)  # errors that are kept need none
     starts = Starts(original, _grouped(original, sites, methods))
     errors = with_errors(starts, sites, options, calibration, settings)
     found = errors.options if budget.keep == "outputs" else _by_capacity(errors.options, now)
     return Tables(starts, sites, now, found, errors, clock)
+
+
+def _left_out(slower: int, count: int) -> str:
+    if not slower:
+        return ""
+    return f"; {slower} of {count} options were left out, being slower here than what they replace"
 
 
 def not_tried(original: Network, budget: Budget) -> str:

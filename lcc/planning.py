@@ -173,7 +173,7 @@ def _within_drop(
         rules = rules_of(found.taken)
         if rules not in tried:
             tried[rules] = found, lost(found)
-        return tried[rules][1] <= most
+        return tried[rules][1] <= most + EXACT
 
     cheapest = floor(options, now, quantity)
     low, high = cheapest.costs[quantity] / now[quantity], 1.0
@@ -186,7 +186,7 @@ def _within_drop(
             high = found.costs[quantity] / now[quantity]
         else:
             low = middle
-    fitting = [(found, drop) for found, drop in tried.values() if drop <= most]
+    fitting = [(found, drop) for found, drop in tried.values() if drop <= most + EXACT]
     if not fitting:
         nearest, drop = min(tried.values(), key=lambda one: (one[1], -one[0].costs[quantity]))
         share = nearest.costs[quantity] / now[quantity]

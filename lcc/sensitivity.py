@@ -242,9 +242,12 @@ def _slopes(
 
 
 def refuse_no_classes(logits: object) -> None:
-    """Raise SourceError if a network's output is not (N, classes)."""
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise SourceError("a planner needs a classifier, which gives (images, classes); decide by --method")
+    """Raise SourceError if a network's output is not (N, classes), two classes at least."""
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+        raise SourceError(
+            "a planner needs a classifier, which gives (images, classes), two classes at least; decide by "
+            "--method"
+        )
 
 
 def _with_moments(got: Tensor, now: PooledMoments, wanted: PooledMoments) -> Tensor:

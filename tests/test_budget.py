@@ -148,7 +148,7 @@ def test_a_target_below_the_floor_is_refused_with_the_floor_and_what_makes_it():
 
 
 def test_without_options_the_floor_is_the_network_itself():
-    with pytest.raises(RecipeError, match=r"the floor is 100.0% .* since nothing that lcc knows"):
+    with pytest.raises(RecipeError, match=r"the floor is 100.0% .* since nothing that was tried"):
         meet((), NOW, [Target(quantity="latency", share=0.6)])
     assert meet((), NOW, [Target(quantity="latency", limit=8.0)]).taken == ()
 
@@ -279,6 +279,7 @@ def test_a_target_is_what_remains_the_change_or_an_amount(text, quantity, limit)
         ("latency=8", "an amount such as latency=8ms"),
         ("macs=-2M", "an amount such as macs=300M"),
         ("macs=120%", "120% of what it costs now is no budget"),
+        (f"macs={10**400}", "macs=1000.*: write macs=50% to keep half"),
         ("macs=-100%", "0% of what it costs now is no budget"),
     ],
 )

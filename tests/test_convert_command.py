@@ -81,6 +81,17 @@ def test_a_plan_is_not_written_over_what_is_there(lcc_run, monkeypatch, tmp_path
     assert (tmp_path / "plan.toml").read_text() == "mine"
 
 
+def test_a_dry_run_does_not_go_on_with_anything(lcc_run, within):
+    code, _, err = lcc_run(*within, "--dry-run", "--resume")
+    assert (code, "leave one of them out" in one_line(err)) == (2, True)
+
+
+def test_a_device_that_is_not_there_is_refused_whatever_is_kept(lcc_run, within):
+    assert lcc_run(*within, "--dry-run")[0] == 0
+    code, _, err = lcc_run(*within, "--dry-run", "--device", "foo")
+    assert (code, "device 'foo' can't be used" in one_line(err)) == (2, True)
+
+
 def test_a_plan_of_the_run_that_is_gone_on_with_is_written_again(lcc_run, within, tmp_path):
     (tmp_path / "plan.toml").write_text("of the run before")
     more = ("--save-plan", tmp_path / "plan.toml", "-o", tmp_path / "out", "--resume")

@@ -47,6 +47,11 @@ def test_a_site_kept_by_a_rule_says_so():
     assert reasons(plan)["layer1.0.conv1"] == DENSE_BY_RULE
 
 
+def test_a_name_that_reads_as_a_glob_matches_itself():
+    plan = make_plan((site("conv[3x3]"), site("conv3")), (rule("conv[3x3]", method=DEPTHWISE),))
+    assert list(plan.methods()) == ["conv[3x3]", "conv3"]
+
+
 def test_a_site_that_no_rule_names_says_so():
     plan = make_plan(SITES, (rule("layer1.*", method=DEPTHWISE),))
     assert reasons(plan)["layer2.0.conv2"] == NO_RULE

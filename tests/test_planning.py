@@ -190,6 +190,11 @@ def test_of_what_loses_few_enough_points_the_cheapest_is_chosen(data, monkeypatc
     assert 0.75 * macs <= report.then["macs"] <= 0.8 * macs
 
 
+def test_a_drop_of_just_as_much_is_allowed(data, monkeypatch):
+    points_lost(monkeypatch, lambda _: 5 + 1e-14)
+    assert planned(data, max_drop=5, data=data).report.drop == pytest.approx(5)
+
+
 def test_where_all_may_be_lost_the_cheapest_there_is_is_chosen(data, monkeypatch):
     tried = points_lost(monkeypatch, lambda _: 3.0)
     then = planned(data, max_drop=5, data=data).report.then

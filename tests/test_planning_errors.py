@@ -21,6 +21,7 @@ from small_data import idx_data, image_folder
 
 from lcc import error_table
 from lcc.errors import DataError
+from lcc.measurements import code_of
 from lcc.models import Loaded
 from lcc.planning import plan_within
 from lcc.recipe import Budget, Calibrate
@@ -68,7 +69,8 @@ def test_slow_fits_that_were_done_survive_an_interruption(data, passes, monkeypa
 
 
 @pytest.mark.parametrize(
-    "change", ["weight", "statistics", "images", "seed", "data", "code", "torch", "preprocessing"]
+    "change",
+    ["weight", "statistics", "attribute", "images", "seed", "data", "code", "torch", "preprocessing"],
 )
 def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change, monkeypatch):
     options = {"methods": ("circulant",)}
@@ -79,6 +81,8 @@ def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change,
         other.loaded.model.head.bias.data[0] += 1e-3
     elif change == "statistics":
         other.loaded.model.bn.running_var[0] += 1e-3
+    elif change == "attribute":
+        other.loaded.model.temperature = 2.0
     elif change == "code":
         monkeypatch.setattr(error_table, "own_code", lambda: "another version")
     elif change == "torch":
@@ -93,6 +97,11 @@ def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change,
         calibration = calibration.model_copy(update={change: 15})
     plan_within(other, budget, calibration, SETTINGS)
     assert len(passes) == 2
+
+
+def test_what_a_network_computes_by_is_its_whole_file():
+    assert "def seeded(" in code_of(network().loaded.model)  # the file of TinyResNet
+    assert "class Conv2d" not in code_of(network().loaded.model)
 
 
 def test_other_images_under_the_same_names_are_looked_at_anew(tmp_path, passes):
