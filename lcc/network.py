@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from lcc.recipe import ModelPart
 
 
+DONE = {"convert": "converted", "train": "fine-tuned"}
+
+
 @dataclass(frozen=True)
 class Network:
     """What is known of a network; `plan` is empty where nothing was converted.
@@ -81,6 +84,12 @@ class Network:
             history=tuple(event.command for event in self.history),
             layers=layer_rows(sites, self.plan, self.fits),
         )
+
+    @property
+    def pedigree(self) -> str:
+        """Its source, and what was done to its weights since, in words."""
+        done = (DONE[event.kind] for event in self.history if event.changed_weights)
+        return ", ".join([str(self.loaded.source), *done])
 
     @property
     def is_random(self) -> bool:

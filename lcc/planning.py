@@ -240,7 +240,7 @@ def _report(
     cheaper, dearer = neighbours(options, now, found, first, others)
     order = {site.name: number for number, site in enumerate(tables.sites)}
     return PlanReport(
-        source=str(original.loaded.source),
+        source=original.pedigree,
         random_weights=original.is_random,
         targets=budget.wanted,
         limits={target.quantity: target.of(now) for target in targets},

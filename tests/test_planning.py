@@ -25,6 +25,7 @@ from lcc import recipe_file as recipes
 from lcc.batches import eval_batches
 from lcc.budget import parse_target
 from lcc.errors import DataError, InfeasibleError, NothingToConvertError, RecipeError
+from lcc.manifest import event_now
 from lcc.methods import METHODS
 from lcc.network import sites_of
 from lcc.plan import make_plan
@@ -188,6 +189,13 @@ def test_of_what_loses_few_enough_points_the_cheapest_is_chosen(data, monkeypatc
     assert cheaper
     assert all(20 * (1 - found.costs["macs"] / macs) > 5 for found in cheaper)
     assert 0.75 * macs <= report.then["macs"] <= 0.8 * macs
+
+
+def test_a_plan_says_what_was_done_to_its_network_before(data):
+    done = [event_now("train", "lcc finetune"), event_now("measure", "lcc report"), event_now("convert", "")]
+    report = planned(data, "macs=80%", original=network().but(history=tuple(done))).report
+    assert report.source == f"{network().loaded.source}, fine-tuned, converted"
+    assert plan_sheets(report)[0].title.startswith(f"{report.source}: ")
 
 
 def test_a_drop_of_just_as_much_is_allowed(data, monkeypatch):
