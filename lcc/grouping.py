@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -117,10 +118,8 @@ def _improve_(pair: InnerPair, energies: dict[str, Tensor], kept: Mapping[str, T
 
 def _sort_alike_(order: Tensor, asked: Tensor) -> None:
     """Sort channels among places that keep the same, rows of `asked`: rounding would decide otherwise."""
-    alike = asked.unique(dim=0, return_inverse=True)[1]
-    for kind in alike.unique():
-        places = (alike == kind).nonzero()[:, 0]
-        order[places] = order[places].sort().values
+    alike = asked.unique(dim=0, return_inverse=True)[1].numpy()
+    order[np.argsort(alike, kind="stable")] = order[np.lexsort((order.numpy(), alike))]
 
 
 def _inside(energies: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> float:
