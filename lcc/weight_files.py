@@ -57,9 +57,11 @@ def read(path: Path, *, trust_pickle: bool = False) -> Checkpoint:
         raise SourceError(f"there is no file {path}") from error
     except OSError as error:
         raise SourceError(f"{path} can't be read: {error.strerror}") from error
+    if head[8:9] == b"{":  # what comes before is a length, and may start as a pickle does
+        return _unwrapped(path, _read_safetensors(path))
     if head.startswith((b"PK", b"\x80")):
         return _unwrapped(path, _read_pickle(path, trust_pickle=trust_pickle))
-    if head[8:9] == b"{" or (head and path.suffix == ".safetensors"):
+    if head and path.suffix == ".safetensors":
         return _unwrapped(path, _read_safetensors(path))
     raise SourceError(_impostor(path, head))
 

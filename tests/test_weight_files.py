@@ -33,6 +33,17 @@ def refusal(path, **options) -> str:
     return text
 
 
+@pytest.mark.parametrize("start", [b"\x80", b"PK"])
+def test_a_safetensors_file_of_which_the_length_reads_as_a_pickle_is_none(tmp_path, start):
+    path, wanted = tmp_path / "weights.bin", few_layers().state_dict()
+    for padding in range(0, 20_000, 8):
+        save_file(wanted, path, metadata={"padding": "x" * padding})
+        if path.read_bytes()[:2].startswith(start):
+            break
+    assert path.read_bytes().startswith(start)
+    assert_same(weight_files.read(path).tensors, wanted)
+
+
 STATE = few_layers().state_dict()
 WRAPPED = {
     "bare": (STATE, None),
