@@ -100,10 +100,11 @@ def changes(found: Budgeted, other: Budgeted, now: Costs, quantity: Quantity) ->
         f"{site} {before.get(site, 'dense')} to {after.get(site, 'dense')}" for site in different[:SHOWN]
     ]
     more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
-    return (
-        f"{other.costs[quantity] / now[quantity]:.1%} of the {quantity}, error {other.error:.3g}: "
-        f"{', '.join(named)}{more}"
-    )
+    shown: list[Quantity] = [quantity]
+    if quantity != "params" and any(option.penalty is not None for option in (*found.taken, *other.taken)):
+        shown.append("params")  # of which a plan for capacity keeps the most
+    costs = ", ".join(f"{other.costs[each] / now[each]:.1%} of the {each}" for each in shown)
+    return f"{costs}, error {other.error:.3g}: {', '.join(named)}{more}"
 
 
 def plan_sheets(report: PlanReport) -> list[Sheet]:

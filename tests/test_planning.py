@@ -103,6 +103,8 @@ def test_capacity_keeps_more_parameters_than_the_least_error_does(data, percent)
     reports = {keep: planned(data, f"macs={percent}%", keep=keep).report for keep in ("outputs", "capacity")}
     assert reports["capacity"].then["params"] > 1.2 * reports["outputs"].then["params"]
     assert reports["capacity"].error > reports["outputs"].error
+    assert re.match(r"[\d.]+% of the macs, [\d.]+% of the params, error", reports["capacity"].dearer)
+    assert re.match(r"[\d.]+% of the macs, error", reports["outputs"].dearer)
     assert all(report.then["macs"] <= percent / 100 * report.now["macs"] for report in reports.values())
 
 
