@@ -129,11 +129,7 @@ def parse_target(text: str) -> Target:
     factors = {known.lower(): factor for known, factor in unit.factors.items()}
     if unit.factors is COUNTS and number >= COUNTS["k"]:  # less may be meant as a share
         factors[""] = 1.0
-    if (
-        match is None
-        or not math.isfinite(number)
-        or (match["unit"] != "%" and (match["minus"] or match["unit"].lower() not in factors))
-    ):
+    if match is None or (match["unit"] != "%" and (match["minus"] or match["unit"].lower() not in factors)):
         raise RecipeError(
             f"{text}: write {name}=50% to keep half, {name}=-40% to cut 40 %, or an amount such as "
             f"{unit.example} (units: {', '.join(unit.factors)})"
