@@ -22,12 +22,14 @@ PROBE_FACTOR = -2.0
 class Calls:
     """What one forward pass showed of a layer or a residual block.
 
-    `first` orders them by their first call; infinite: never called. `shapes` are those of the inputs. `norm`
-    is the BatchNorm that a layer's output was fed to, `fed_norm` times. `oddity` says in words what a block
-    does, or is asked to do, that a replacement would not.
+    `first` orders them by their first call; infinite: never called. `shapes` are those of the inputs, in a
+    network that was given `batch` images. `norm` is the BatchNorm that a layer's output was fed to,
+    `fed_norm` times. `oddity` says in words what a block does, or is asked to do, that a replacement would
+    not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
         self.first = float("inf")
         self.shapes: list[tuple[int, ...]] = []
         self.by_keyword = False
@@ -35,6 +37,11 @@ class Calls:
         self.norm: _BatchNorm | None = None
         self.fed_norm = 0
         self.oddity: str | None = None
+
+    @property
+    def other_batch(self) -> bool:
+        """Whether it was given another number of maps than the network was given images."""
+        return any(len(shape) != 4 or shape[0] != self.batch for shape in self.shapes)
 
 
 def record_calls(
@@ -45,7 +52,7 @@ def record_calls(
     `blocks` come with what they are said to be.
     Raises: SourceError: the model can't run on the example.
     """
-    recorder = _Recorder(layers, blocks)
+    recorder = _Recorder(layers, blocks, len(example))
     with _weights_watched([layer for layer in layers if type(layer) is nn.Conv2d]) as read_by_host:
         run_once(model, example, recorder.hooks(model))
     for conv in read_by_host:
@@ -56,9 +63,9 @@ def record_calls(
 class _Recorder:
     """The hooks of a recorded pass, and what they found."""
 
-    def __init__(self, layers: Sequence[nn.Module], blocks: Mapping[nn.Module, StepSpec]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], blocks: Mapping[nn.Module, StepSpec], batch: int) -> None:
         self.layers, self.blocks = layers, blocks
-        self.calls = {module: Calls() for module in (*layers, *blocks)}
+        self.calls = {module: Calls(batch) for module in (*layers, *blocks)}
         self.holders: dict[nn.Module, list[nn.Module]] = {layer: [] for layer in layers}
         for block in blocks:
             for inner in block.modules():

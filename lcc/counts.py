@@ -61,6 +61,11 @@ class MacCount(Frozen):
     never_called: tuple[str, ...]
 
     @property
+    def missing(self) -> tuple[str, ...]:
+        """The modules of which MACs are not counted, or may not be."""
+        return (*self.uncounted, *self.never_called)
+
+    @property
     def flops(self) -> int:
         """Two per MAC."""
         return 2 * self.macs
@@ -156,7 +161,8 @@ def _rule(module: nn.Module) -> Callable[[Any, Tensor, Tensor], int] | None:
 
 
 def _by_formula(op: LowCostOp, x: Tensor, _: Tensor) -> int:
-    return op.method.cost(op.spec, Size(height=x.shape[-2], width=x.shape[-1])).macs
+    maps = math.prod(x.shape[:-3])  # of one image, if its host cuts it into parts
+    return maps * op.method.cost(op.spec, Size(height=x.shape[-2], width=x.shape[-1])).macs
 
 
 def _fft_handle(op: str) -> Callable[[list[Any], list[Any]], int]:

@@ -75,7 +75,7 @@ class Network:
             norm_params=count_norm_params(model),
             macs=count.macs,
             flops=count.flops,
-            uncounted=(*count.uncounted, *count.never_called),
+            uncounted=count.missing,
             size_bytes=self.size_bytes,
             accuracy=accuracy,
             data=data,

@@ -34,6 +34,7 @@ ODD_SUBCLASSES = {
     "ScaledStdConv2d": "standardises its weights in every call",
     "ScaledStdConv2dSame": "standardises its weights in every call",
 }
+OTHER_BATCH = "not given one map for each image, since its host cuts images up or repeats them"
 
 
 def find_sites(model: nn.Module, example: Tensor) -> tuple[Site, ...]:
@@ -188,11 +189,18 @@ def _layer_spec(layer: nn.Module) -> ConvSpec | StepSpec:
 
 
 def _sizes(calls: Calls, spec: ConvSpec | StepSpec) -> tuple[Size, ...]:
-    """Return the size of every input; of a block that can't be taken, only of those that are feature maps."""
+    """Return the size of every input, as often as it comes for one image.
+
+    Of a block that can't be taken, only of those that are feature maps.
+    """
     maps = calls.shapes
     if isinstance(spec, StepSpec):
         maps = [shape for shape in maps if len(shape) == 4 and shape[1] == spec.channels_in]
-    return tuple(Size(height=height, width=width) for *_, height, width in maps)
+    return tuple(
+        Size(height=height, width=width)
+        for *others, height, width in maps
+        for _ in range(others[0] // calls.batch if len(others) == 2 else 1)
+    )
 
 
 def _tied_parameters(model: nn.Module, names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
@@ -227,7 +235,7 @@ def _obstacle(layer: nn.Module, calls: Calls, *, tied_to: str | None) -> str | N
         return "its host reads its weight itself, and a replacement has no such one"
     if calls.by_keyword:
         return "called with its input as a keyword, which a replacement does not take"
-    return None
+    return OTHER_BATCH if calls.other_batch else None
 
 
 def _step_obstacle(block: nn.Module, calls: dict[nn.Module, Calls], *, tied_to: str | None) -> str | None:
@@ -240,7 +248,7 @@ def _step_obstacle(block: nn.Module, calls: dict[nn.Module, Calls], *, tied_to: 
         return "a weight inside it is read from outside its layer, and a replacement has no such one"
     if calls[block].by_keyword:
         return "called with its input as a keyword, which a replacement does not take"
-    return calls[block].oddity
+    return calls[block].oddity or (OTHER_BATCH if calls[block].other_batch else None)
 
 
 def _match(operator: LowCostOp, original: nn.Module) -> None:

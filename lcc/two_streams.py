@@ -38,15 +38,19 @@ def run_two_streams(
     Those inside an operator are its own affair: it sees one half only.
     """
     inside = {module for operator in forwards for module in operator.modules()}
+    streams: list[_TwoStreamNorm] = []
     with ExitStack() as stack:
         for operator, forward in forwards.items():
             stack.enter_context(forward_as(operator, forward))
         for norm in [m for m in model.modules() if isinstance(m, _BatchNorm) and m not in inside]:
-            running = norm.running_mean is not None
-            stack.enter_context(
-                forward_as(norm, _TwoStreamNorm(norm) if running else partial(_each_half, norm))
-            )
+            if norm.running_mean is None:
+                stack.enter_context(forward_as(norm, partial(_each_half, norm)))
+            else:
+                streams.append(_TwoStreamNorm(norm))
+                stack.enter_context(forward_as(norm, streams[-1]))
         for part in parts:
+            for stream in streams:
+                stream.images = len(part)
             model(torch.cat([part, part]).to(device_of(model)))
 
 
@@ -58,7 +62,10 @@ class _TwoStreamNorm:
     converted layer that computes the same changes nothing.
     Moments of several calls are averaged, each call weighted by its images. Both halves go through the
     module's own forward: a subclass may do more than normalise (timm's has the activation in it).
+    Where a host cuts images into parts, the halves may lie anywhere: all go by the original's statistics.
     """
+
+    images = 0  # in one half of what the network is given
 
     def __init__(self, norm: _BatchNorm) -> None:
         assert norm.running_mean is not None
@@ -70,6 +77,8 @@ class _TwoStreamNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return both halves normalised, the second one by statistics of its own if it differs."""
+        if len(x) != 2 * self.images:
+            return self._forward(x, self.original)
         original_half, converted_half = x.chunk(2)
         wanted = self._forward(original_half, self.original)
         if torch.equal(original_half, converted_half):

@@ -117,6 +117,23 @@ class CalledTwice(nn.Module):
         return self.norms[-1](self.conv(F.max_pool2d(x, 2))).mean((2, 3))
 
 
+class CutUp(TinyResNet):
+    """Gives the two halves of every image, all first halves before all second ones, to the network."""
+
+    def forward(self, x):
+        return super().forward(torch.cat(x.chunk(2, dim=3))).reshape(2, len(x), -1).mean(0)
+
+
+class CutLate(TinyResNet):
+    """Cuts what the first block gives into halves, as `CutUp` does."""
+
+    def forward(self, x):
+        x = self.layer1(F.relu(self.bn(self.stem(x))))
+        halves = torch.cat(x.chunk(2, dim=3))
+        y = self.layer2(F.relu(self.down_bn(self.down(halves))))
+        return self.head(y.mean((2, 3))).reshape(2, len(x), -1).mean(0)
+
+
 class Tied(nn.Module):
     """Two convolutions with one weight Parameter, and one with its own."""
 

@@ -18,7 +18,7 @@ from calibration_reference import (
     mask_of,
     set_norm_,
 )
-from hosts import TinyResNet, photos, seeded
+from hosts import CutLate, TinyResNet, photos, seeded
 from torch import nn
 
 from lcc import calibrate
@@ -72,6 +72,7 @@ def test_a_channel_that_was_dead_does_not_blow_up(spread):
         size * torch.randn(8, 1, 4, 4, generator=generator, dtype=torch.float64) for size in (spread, 0.5)
     )
     both = two_streams_module._TwoStreamNorm(norm)
+    both.images = 8
     _, y = both(torch.cat([was, now])).chunk(2)
     assert y.abs().max() < 0.01
 
@@ -92,3 +93,18 @@ def test_chunks_of_one_image_leave_finite_weights_and_statistics(monkeypatch):
     model = seeded(TinyResNet)
     converted_(model, LinearMix(), photos(3, size=2))
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+@torch.no_grad()
+def test_norms_behind_where_a_host_cuts_images_up_keep_their_statistics():
+    model, original = seeded(CutLate), seeded(CutLate)
+    converted_(model, LinearMix(), photos(6, size=8), names=("layer1.conv1",))
+    behind = {name for name in NORMS if name.startswith(("down", "layer2"))}
+    changed = {
+        name
+        for name in NORMS
+        if not torch.equal(model.get_submodule(name).running_mean, original.get_submodule(name).running_mean)
+    }
+    assert "layer1.bn1" in changed
+    assert behind
+    assert not changed & behind

@@ -80,6 +80,15 @@ def test_a_module_called_twice_costs_twice():
     assert count_macs(nn.Sequential(conv, conv), torch.randn(1, 4, 8, 8)).macs == 2 * once
 
 
+def test_an_operator_that_is_given_parts_of_images_costs_its_formula_for_each():
+    class Halves(nn.Sequential):
+        def forward(self, x):
+            return super().forward(torch.cat(x.chunk(2, dim=3)))
+
+    wanted = 2 * LinearMix().cost(SPEC, Size(height=6, width=4)).macs
+    assert count_macs(Halves(LinearMix().build(SPEC)), torch.randn(1, 8, 6, 8)).macs == wanted
+
+
 @pytest.mark.parametrize("stencil", ["square", "cross", "horizontal"])
 def test_an_operator_costs_what_its_method_says_and_what_its_parts_cost(stencil):
     method = LinearMix(stencil=stencil)

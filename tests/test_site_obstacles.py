@@ -6,11 +6,12 @@ import pytest
 import torch
 import torchvision
 from found_sites import obstacle_of, sites_of
-from hosts import ReadsWeight, Tied, TiedAutoencoder, conv3, seeded
+from hosts import CutLate, CutUp, ReadsWeight, Tied, TiedAutoencoder, conv3, seeded
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import nn
 from torch.nn.utils import prune
 
+from lcc.counts import count_macs
 from lcc.surgery import find_sites
 
 
@@ -119,3 +120,17 @@ def test_a_convolution_called_by_keyword_is_refused():
     model = nn.ModuleDict({"conv": conv3(3)}).double()
     model.forward = lambda x: model.conv(input=x)
     assert "keyword" in obstacle_of(model)
+
+
+@pytest.mark.parametrize(
+    ("host", "free"), [(CutUp, set()), (CutLate, {"stem", "layer1.conv1", "layer1.conv2"})]
+)
+def test_what_is_given_parts_of_images_is_refused_and_counted_for_each_part(host, free):
+    model, example = seeded(host), torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    sites = find_sites(model, example)
+    convs = [site for site in sites if site.kind == "conv"]
+    assert {site.name for site in convs if site.obstacle is None} == free
+    assert all("one map for each image" in site.obstacle for site in convs if site.name not in free)
+    assert all("one map for each image" in obstacle_of(model, name) for name in ("layer2",))
+    macs = count_macs(model, example).by_module
+    assert {site.name: site.cost().macs for site in convs} == {site.name: macs[site.name] for site in convs}
