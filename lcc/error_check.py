@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,9 +73,11 @@ def checked_errors(
     predicted = [option.error for option in options]
     alike = len(set(predicted)) < 2 or len(set(true)) < 2  # where there is no order to compare
     rank = "not defined" if alike else f"{float(spearmanr(predicted, true).statistic):.3f}"
+    ratios = [was / said for said, was in zip(predicted, true, strict=True) if said > 0]
+    size = f"; the true ones are {median(ratios):.2g} times as large (median)" if ratios else ""
     return (
         f"predicted errors of {len(options)} options beside true ones, each converted alone, on "
-        f"{len(held_out)} other images: rank correlation {rank}"
+        f"{len(held_out)} other images: rank correlation {rank}{size}"
     )
 
 

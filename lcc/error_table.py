@@ -16,6 +16,8 @@ from lcc.measurements import Store, cache_folder, content_key, own_code
 from lcc.methods import AnyMethod
 from lcc.sensitivity import damages
 from lcc.specs import Frozen
+from lcc.tracing import undisturbed
+from lcc.trials import answer_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,7 +87,7 @@ def with_errors(
         known |= harms
         missing += took.options
         passes += took.passes
-    cost = f"errors of {len(options)} options: kept from an earlier run"
+    cost = f"errors of {len(options)} options on {calibration.images} images: kept from an earlier run"
     if missing:
         cost = (
             f"errors of {missing} options on {calibration.images} images took as long as {passes:.0f} "
@@ -143,6 +145,7 @@ def _found(
     passes, harms = 0.0, list[Harm]()
     with (
         finite_activations("its layers"),
+        undisturbed(model),
         placed(model, pick_device(settings.device)),
         progress.bar("fit options", len(options)) as tick,
     ):
@@ -173,8 +176,9 @@ def _parts(options: Sequence[Key]) -> list[Sequence[Key]]:
 def _conditions(network: Network, sites: tuple[Site, ...], calibration: Calibrate) -> dict[str, object]:
     loaded, place = network.loaded, calibration.data.partition(":")[2]
     structure = f"{loaded.source}{loaded.model}{[site.model_dump_json() for site in sites]}"
+    answer = answer_of(loaded.model, network.example)
     return {
-        "network": content_key(loaded.model, None, structure),
+        "network": content_key(loaded.model, None, structure, answer),
         "preprocessing": loaded.preprocessing.model_dump(mode="json"),
         "data": calibration.model_dump(mode="json"),
         "place": str(Path(place).expanduser().resolve()),

@@ -75,9 +75,8 @@ def one_line(error: object) -> str:
 def cannot_run(shape: Sequence[int], error: BaseException) -> SourceError:
     """Return the refusal of a network that another error says can't run on an input of a shape."""
     size = "x".join(map(str, shape))
-    return SourceError(
-        f"the network can't run on a {size} input ({first_line(error)}); give it another --image-size"
-    )
+    mend = "it has to take several images at once" if shape[0] > 1 else "give it another --image-size"
+    return SourceError(f"the network can't run on a {size} input ({first_line(error)}); {mend}")
 
 
 def first_cause(error: BaseException) -> BaseException:

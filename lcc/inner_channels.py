@@ -52,7 +52,10 @@ def inner_pairs(model: nn.Module, sites: Sequence[Site], example: Tensor) -> tup
     found = []
     with undisturbed(model):
         in_eval = list(_chains(model))
-        model.train()
+        try:
+            model.train()
+        except Exception:  # noqa: BLE001  # a network made for inference alone may refuse
+            return ()
         in_training = set(_chains(model))
         for first, norm, second in dict.fromkeys(in_eval):
             always = (first, norm, second) in in_training

@@ -10,6 +10,7 @@ import inspect
 import json
 import os
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 Record = TypeVar("Record", bound=Frozen)
 
-PLAIN = (bool, int, float, str, tuple)  # attributes by which a network may compute something else
+PLAIN = (bool, int, float, str)
 
 
 class Store(Generic[Record]):
@@ -118,18 +119,31 @@ def own_code() -> str:
 
 
 def code_of(model: nn.Module) -> str:
-    """Return the files that a network's classes are in, as far as there are any, and its plain attributes.
+    """Return the files that a network's classes are in, as far as there are any, and its attributes.
 
     torch's own classes are left out.
     """
-    own = [module for module in model.modules() if type(module).__module__.partition(".")[0] != "torch"]
+    own = [module for module in model.modules() if _is_foreign(type(module))]
     texts = {}
-    for kind in dict.fromkeys(map(type, own)):
+    for kind in dict.fromkeys(kind for module in own for kind in type(module).__mro__ if _is_foreign(kind)):
         with suppress(OSError, TypeError):  # typed in, or compiled
             file = inspect.getsourcefile(kind) or ""
             texts[file] = Path(file).read_text(encoding="utf-8", errors="replace")
-    plain = [
-        {name: value for name, value in sorted(vars(module).items()) if isinstance(value, PLAIN)}
-        for module in own
-    ]
-    return f"{''.join(texts.values())}{plain}"
+    return f"{''.join(texts.values())}{[_described(dict(sorted(vars(module).items()))) for module in own]}"
+
+
+def _is_foreign(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] not in ("torch", "builtins")
+
+
+def _described(value: object) -> object:
+    """Return what an attribute's value is, as far as it is plain data, and a function's or a type's name."""
+    if value is None or isinstance(value, PLAIN):
+        return value
+    if isinstance(value, list | tuple):
+        return [_described(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _described(item) for key, item in value.items() if isinstance(key, str | int)}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _described(getattr(value, field.name)) for field in fields(value)}
+    return getattr(value, "__qualname__", type(value).__name__)

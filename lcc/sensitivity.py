@@ -3,11 +3,13 @@
 First every option's operators are fitted to the activations of the original network. Then, for labels drawn
 from the network's own predictions, the slope g of their log-likelihood at every site. Outputs off by e move
 it by g . e; half the mean square of that is the Kullback-Leibler divergence of the predictions to second
-order, since the Fisher information is the mean of g g^T.
+order, since the Fisher information is the mean of g g^T. Where a host lets no slope through, as under
+torch.no_grad, the option is tried instead.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,12 +20,13 @@ from torch.nn import functional as F
 
 from lcc.errors import SourceError
 from lcc.ops.moments import PooledMoments
+from lcc.trials import run_once
 from lcc.two_streams import device_of, images_at_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from lcc.methods import Method
+    from lcc.methods import LowCostOp, Method
     from lcc.plan import Site
 
     Seen = dict[str, list[tuple[Tensor, Tensor]]]  # every site's input and output in each call
@@ -59,16 +62,18 @@ def damages(
 ) -> Damages:
     """Return what every option, a method and the sites that it takes, does on images (N, C, H, W).
 
-    Labels are drawn, so that a prediction has a spread of its own: some percent where images are few. The
-    model is left in eval mode. `on_done` is called with the number of options fitted so far.
-    Raises: SourceError: the model is no classifier. ValueError: activations or outputs are not finite.
+    Labels are drawn, so that a prediction has a spread of its own: some percent where images are few. What
+    an option does that the images never reach is not a number. The model is left in eval mode. `on_done` is
+    called with the number of options fitted so far.
+    Raises: SourceError: the model is no classifier, or can't run on so many images. ValueError: activations
+    or outputs are not finite.
     """
     model.eval()
     device = device_of(model)
     chunk = min(CHUNK, max(1, images_at_once(model, images) // (2 + 2 * DRAWS)))  # gradients stay alive, too
     parts = [part.to(device) for part in images.split(chunk)]
     with torch.no_grad():
-        refuse_no_classes(model(parts[0]))  # the first is slower, and no unit
+        refuse_no_classes(run_once(model, parts[0]))  # the first is slower, and no unit
         started = _now(device)
         for part in parts:
             model(part)
@@ -83,14 +88,21 @@ def damages(
     modules = {name: model.get_submodule(name) for trial in trials for name in trial.operators}
     wanted = _learn_moments(model, trials, parts)
     chances = torch.rand(len(images), DRAWS, generator=torch.Generator().manual_seed(seed))
+    sloped: set[str] = set()  # where the log-likelihoods were seen to depend on the outputs
     for part, chance in zip(parts, chances.split(chunk), strict=True):
         seen, slopes = _slopes(model, modules, part, chance)
+        sloped |= {name for name in modules if any(one.any() for drawn in slopes[name] for one in drawn)}
         with torch.no_grad():
             for trial in trials:
                 trial.take_in(seen, slopes, wanted)
     scale = 0.5 / (DRAWS * len(images))
-    entries = tuple(Damage(trial.relative_error, scale * trial.squares) for trial in trials)
-    return Damages(entries, (_now(device) - started) / forward)
+    entries = []
+    for trial in trials:
+        divergence = scale * trial.squares
+        if trial.relative_error > 0 and not sloped.issuperset(trial.operators):
+            divergence = _true_divergence(model, trial, parts, wanted)
+        entries.append(Damage(trial.relative_error, divergence))
+    return Damages(tuple(entries), (_now(device) - started) / forward)
 
 
 def _now(device: torch.device) -> float:
@@ -116,6 +128,7 @@ class _Trial:
         for name, operator in self.operators.items():
             operator.to(next(self.originals[name].parameters())).eval()
         self.relative_error = self.squares = 0.0
+        self.called: set[str] = set()
 
     def begin(self, stack: ExitStack) -> None:
         """Take the start's weights, and watch the originals until the stack closes."""
@@ -131,6 +144,10 @@ class _Trial:
 
     def finish(self) -> None:
         """Fit to what was seen, and forget it."""
+        if len(self.called) < len(self.operators):
+            self.relative_error = self.squares = math.nan
+            del self.statistics
+            return
         fits = self.method.fit_bank_(list(self.operators.values()), list(self.statistics.values()))
         errors = [fit.relative_error or 0.0 for fit in fits]
         self.relative_error = sum(errors) / len(errors)
@@ -139,23 +156,33 @@ class _Trial:
     def take_in(self, seen: Seen, slopes: Slopes, wanted: Mapping[str, PooledMoments]) -> None:
         """Add the squares of what these images' log-likelihoods move by."""
         moved = [torch.zeros((), dtype=torch.float64)] * DRAWS
-        for name, operator in self.operators.items():
+        for name in self.operators:
             for (x, y), drawn in zip(seen[name], slopes[name], strict=True):
-                got = operator(x)
-                if name in self.moments:  # a norm follows, which will take its statistics along
-                    got = _with_moments(got, self.moments[name], wanted[name])
-                off = (got - y).flatten(1)
+                off = (self.output(name, x, wanted) - y).flatten(1)
                 moved = [
                     total + (slope.flatten(1) * off).sum(1, dtype=torch.float64)
                     for total, slope in zip(moved, drawn, strict=True)
                 ]
         self.squares += sum(float(total.square().sum()) for total in moved)
 
+    def output(self, name: str, x: Tensor, wanted: Mapping[str, PooledMoments]) -> Tensor:
+        """Return what the operator at a site gives, and what a norm that follows will make of it."""
+        got = _run(self.operators[name], x)
+        return _with_moments(got, self.moments[name], wanted[name]) if name in self.moments else got
+
     def _watching(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self.statistics[name].add(inputs[0], output)
+            self.called.add(name)
 
         return hook
+
+
+def _run(operator: LowCostOp, x: Tensor) -> Tensor:
+    """Run an operator alone, in its own precision, even where its host computes in another."""
+    with torch.autocast(x.device.type, enabled=False):
+        y: Tensor = operator(x.to(next(operator.parameters()).dtype))
+    return y
 
 
 def _batches(trials: Sequence[_Trial]) -> list[list[_Trial]]:
@@ -187,7 +214,7 @@ def _learn_moments(
             originals[name].add(output)
             for trial in trials:
                 if name in trial.moments:
-                    trial.moments[name].add(trial.operators[name](inputs[0]))
+                    trial.moments[name].add(_run(trial.operators[name], inputs[0]))
 
         return hook
 
@@ -200,6 +227,7 @@ def _learn_moments(
     return originals
 
 
+@torch.enable_grad()
 def _slopes(
     model: nn.Module, modules: Mapping[str, nn.Module], images: Tensor, chances: Tensor
 ) -> tuple[Seen, Slopes]:
@@ -218,7 +246,7 @@ def _slopes(
 
         return hook
 
-    with torch.enable_grad(), ExitStack() as stack:
+    with ExitStack() as stack:
         for name, module in modules.items():
             stack.callback(module.register_forward_hook(keep(name)).remove)
         log_likelihoods = F.log_softmax(model(images), dim=1)
@@ -229,6 +257,9 @@ def _slopes(
     labels = labels.clamp(max=shares.shape[1] - 1).to(images.device)
     drawn: list[tuple[Tensor, ...]] = []
     for draw in range(DRAWS):
+        if not log_likelihoods.requires_grad:  # all under torch.no_grad
+            drawn.append(tuple(torch.zeros_like(y) for _, y in outputs))
+            continue
         chosen = log_likelihoods.gather(1, labels[:, draw : draw + 1]).sum()
         more = draw < DRAWS - 1
         found = torch.autograd.grad(
@@ -239,6 +270,26 @@ def _slopes(
     for (name, _), slope in zip(outputs, zip(*drawn, strict=True), strict=True):
         slopes[name].append(list(slope))
     return seen, slopes
+
+
+@torch.no_grad()
+def _true_divergence(
+    model: nn.Module, trial: _Trial, parts: Sequence[Tensor], wanted: Mapping[str, PooledMoments]
+) -> float:
+    """Return the Kullback-Leibler divergence of the predictions, the option taken, from those that are."""
+
+    def instead(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        return lambda _, inputs, __: trial.output(name, inputs[0], wanted)
+
+    total = 0.0
+    for part in parts:
+        before = F.log_softmax(model(part).double(), dim=1)
+        with ExitStack() as stack:
+            for name, module in trial.originals.items():
+                stack.callback(module.register_forward_hook(instead(name)).remove)
+            after = F.log_softmax(model(part).double(), dim=1)
+        total += float((before.exp() * (before - after)).sum())
+    return total / sum(map(len, parts))
 
 
 def refuse_no_classes(logits: object) -> None:

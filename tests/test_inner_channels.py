@@ -218,3 +218,14 @@ def test_a_buffer_of_another_size_keeps_a_convolution_as_it_is():
     model[0].conv1.register_buffer("seen", torch.zeros(1))
     model[1].conv1.register_buffer("steps", torch.tensor(0))
     assert pairs_of(model, 8, 4) == (InnerPair("1.conv1", "1.bn1", "1.conv2"),)
+
+
+def test_a_network_that_refuses_to_be_trained_is_left_alone():
+    class InferenceOnly(TinyResNet):
+        def train(self, mode=True):
+            if mode:
+                raise RuntimeError("for inference alone")
+            return super().train(mode)
+
+    assert pairs_of(seeded(TinyResNet), 8)
+    assert pairs_of(seeded(InferenceOnly), 8) == ()

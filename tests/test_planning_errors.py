@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from hosts import TinyResNet, seeded
 from PIL import Image
 from planning_setting import (
     FORM,
@@ -18,6 +20,8 @@ from planning_setting import (
     planned,
 )
 from small_data import idx_data, image_folder
+from torch import nn
+from torch.nn import functional as F
 
 from lcc import error_table
 from lcc.errors import DataError
@@ -70,7 +74,18 @@ def test_slow_fits_that_were_done_survive_an_interruption(data, passes, monkeypa
 
 @pytest.mark.parametrize(
     "change",
-    ["weight", "statistics", "attribute", "images", "seed", "data", "code", "torch", "preprocessing"],
+    [
+        "weight",
+        "statistics",
+        "attribute",
+        "answer",
+        "images",
+        "seed",
+        "data",
+        "code",
+        "torch",
+        "preprocessing",
+    ],
 )
 def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change, monkeypatch):
     options = {"methods": ("circulant",)}
@@ -83,6 +98,9 @@ def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change,
         other.loaded.model.bn.running_var[0] += 1e-3
     elif change == "attribute":
         other.loaded.model.temperature = 2.0
+    elif change == "answer":  # by something that is neither a weight, an attribute nor its own file
+        forward = TinyResNet.forward
+        monkeypatch.setattr(TinyResNet, "forward", lambda model, x: 2 * forward(model, x))
     elif change == "code":
         monkeypatch.setattr(error_table, "own_code", lambda: "another version")
     elif change == "torch":
@@ -102,6 +120,41 @@ def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change,
 def test_what_a_network_computes_by_is_its_whole_file():
     assert "def seeded(" in code_of(network().loaded.model)  # the file of TinyResNet
     assert "class Conv2d" not in code_of(network().loaded.model)
+
+
+class Configured(TinyResNet):
+    """A network that something else than a module's plain attribute may decide about."""
+
+
+@dataclass
+class Config:
+    temperature: float = 1.0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([1.0, 2.0], [1.0, 3.0]),
+        ({"scale": (1, [2])}, {"scale": (1, [3])}),
+        (F.relu, F.gelu),
+        (nn.ReLU, nn.GELU),
+        (Config(), Config(2.0)),
+        (None, 0),
+    ],
+)
+def test_what_a_network_computes_by_is_its_attributes(one, other):
+    model = seeded(Configured)
+    model.own = one
+    before = code_of(model)
+    assert code_of(copy.deepcopy(model)) == before
+    model.own = other
+    assert code_of(model) != before
+
+
+def test_what_a_network_computes_by_is_the_file_of_its_base_class():
+    before = code_of(seeded(Configured))
+    assert "class CalledTwice" in before  # the file of TinyResNet
+    assert "def test_what_a_network_computes_by_is_its_attributes" in before
 
 
 def test_other_images_under_the_same_names_are_looked_at_anew(tmp_path, passes):
@@ -145,7 +198,7 @@ def test_predicted_errors_are_set_beside_true_ones(data):
         network(), budget, Calibrate(data=data, images=12), SETTINGS, check_errors=True
     ).report
     count, rank = re.fullmatch(
-        r"predicted errors of (\d+) options .* on 12 other .* (-?\d\.\d+)", report.checked
+        r"predicted errors of (\d+) options .* on 12 other .* (-?\d\.\d+); the true ones .*", report.checked
     ).groups()
     assert int(count) >= len(report.parts)
     assert 0.5 < float(rank) <= 1
@@ -164,3 +217,40 @@ def test_too_few_images_to_check_errors_on_are_said_first(data):
     budget = Budget(targets=("macs=70%",))
     with pytest.raises(DataError, match=r"errors are checked on as many more .* give --images \d+"):
         plan_within(network(), budget, Calibrate(data=data, images=10**6), SETTINGS, check_errors=True)
+
+
+class Keeping(TinyResNet):
+    """A network that keeps its features, as for a picture of what it looks at."""
+
+    def forward(self, x):
+        self.maps = self.layer1(F.relu(self.bn(self.stem(x))))
+        y = self.layer2(F.relu(self.down_bn(self.down(self.maps))))
+        return self.head(y.mean((2, 3)))
+
+
+def test_a_network_that_keeps_an_activation_has_its_errors_checked(data):
+    original = network()
+    original = original.but(loaded=replace(original.loaded, model=seeded(Keeping).float()))
+    said = plan_within(
+        original, Budget(targets=("macs=80%",)), Calibrate(data=data, images=12), SETTINGS, check_errors=True
+    ).report.checked
+    assert re.search(r"rank correlation .*; the true ones are [0-9.e+-]+ times as large \(median\)", said)
+
+
+class Early(TinyResNet):
+    """A network that uses its last block for what is not an image, such as noise without a mean."""
+
+    def forward(self, x):
+        y = F.relu(self.down_bn(self.down(self.layer1(F.relu(self.bn(self.stem(x)))))))
+        return self.head((self.layer2(y) if x.mean().abs() < 0.2 else y).mean((2, 3)))
+
+
+def test_what_no_image_reaches_is_left_out_and_told(data):
+    original, said = network(), []
+    original = original.but(loaded=replace(original.loaded, model=seeded(Early).float()))
+    settings = replace(SETTINGS, say=said.append)
+    report = planned(data, "macs=90%", original=original, settings=settings)[1]
+    assert not any(site.startswith("layer2") for part in report.parts for site in part.sites)
+    assert any(
+        re.match(r"note: left out, without a finite error: .* at layer2.conv[12]", text) for text in said
+    )

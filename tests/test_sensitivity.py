@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lcc import models, sensitivity
+from lcc.errors import SourceError
 from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
 from lcc.methods.mgic import Mgic
@@ -353,3 +354,70 @@ def test_what_a_host_does_in_place_changes_nothing(monkeypatch):
         exact, spread = predicted_slowly(model, LinearMix(), (name,), IMAGES)
         got = divergences(model, (LinearMix(), (name,)))
         assert got == pytest.approx([exact], abs=4 * spread / np.sqrt(DRAWS))
+
+
+# Hosts that let no slope through
+
+
+class Blind(TinyResNet):
+    """A network that is run without gradients."""
+
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Probed(TinyResNet):
+    """A frozen network with a last layer that learns."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.layer1(F.relu(self.bn(self.stem(x))))
+            x = self.layer2(F.relu(self.down_bn(self.down(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class Rounding(TinyResNet):
+    """A network of which one layer's slopes are all zero."""
+
+    def forward(self, x):
+        x = self.layer1(F.relu(self.bn(self.stem(x))))
+        x = self.layer2(F.relu(self.down_bn(self.down((64 * x).round() / 64))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("host", [Blind, Probed, Rounding])
+@pytest.mark.parametrize("option", ["linear_mix", "circulant", "groups"])
+def test_where_slopes_are_cut_the_true_divergence_is_found(host, option):
+    method, names = OPTIONS[option]
+    model = seeded(host, classes=4)
+    (got,) = divergences(model, (method, names))
+    errors = errors_of(model, fitted(model, method, names, IMAGES), IMAGES)
+    before, after = (log_likelihoods(model, IMAGES, errors, share) for share in (0, 1))
+    true = (np.exp(before) * (before - after)).sum(1).mean()
+    if host is Rounding and option != "linear_mix":  # it is behind the cut, where slopes are as ever
+        (true,) = divergences(seeded(TinyResNet, classes=4), (method, names))
+        assert got == pytest.approx(true, rel=0.5)
+    else:
+        assert got == pytest.approx(true, rel=1e-6)
+    assert got > 0
+
+
+def test_a_network_that_computes_in_bfloat16_inside_is_planned_for():
+    class Mixed(TinyResNet):
+        def forward(self, x):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x)
+
+    model, images = seeded(Mixed, classes=4).float(), IMAGES.float()
+    options = [OPTIONS[name] for name in ("linear_mix", "circulant", "groups")]
+    assert all(0 < one < 1 for one in divergences(model, *options, images=images))
+
+
+def test_a_network_for_one_image_at_a_time_is_refused():
+    class Single(TinyResNet):
+        def forward(self, x):
+            return super().forward(x).reshape(1, 3)
+
+    with pytest.raises(SourceError, match=r"can't run on a 6x3x8x8 input .* several images at once"):
+        found(seeded(Single), OPTIONS["linear_mix"])
