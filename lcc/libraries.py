@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import re
 import sys
@@ -17,17 +16,18 @@ from typing import TYPE_CHECKING, Any
 import timm
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_deprecated_models, get_pretrained_cfg
-from torch import nn
 from torchvision import models as vision
 
+from lcc import user_code
 from lcc.errors import SourceError, one_line
 from lcc.specs import Frozen
-from lcc.weight_files import code_from_here
 from lcc.weights import Shapes, align, load_into_, shapes
 from lcc.zoo import OF_IMAGENET, ZOO
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from torch import nn
 
 WAY_OUT = "use --weights PATH, or --weights none for random ones"
 
@@ -299,27 +299,8 @@ def _users(text: str) -> Architecture:
     module, _, factory = text.partition(":")
     if not module or not factory:
         raise SourceError(f"py:{text} is not py:MODULE:FACTORY, such as py:mypackage.networks:make_small")
-    build = partial(_build_users, module, factory)
+    build = partial(user_code.build, module, factory)
     return Architecture(f"py:{text}", build, build, Preprocessing(), default_id=f"py:{text}")
-
-
-def _build_users(module: str, factory: str, num_classes: int | None = None) -> nn.Module:
-    source = f"py:{module}:{factory}"
-    options = {} if num_classes is None else {"num_classes": num_classes}
-    with code_from_here():
-        try:
-            network = getattr(importlib.import_module(module), factory)(**options)
-        except ModuleNotFoundError as error:
-            raise SourceError(
-                f"{source}: {one_line(error)}; run lcc in the directory that holds it, or install it"
-            ) from error
-        except Exception as error:
-            raise SourceError(
-                f"{source} failed: {type(error).__name__}: {one_line(error)}; --debug shows where"
-            ) from error
-    if not isinstance(network, nn.Module):
-        raise SourceError(f"{source} gave a {type(network).__name__}; it must return a torch.nn.Module")
-    return network
 
 
 LIBRARIES: dict[str, Callable[[str], Architecture]] = {

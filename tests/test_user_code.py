@@ -13,17 +13,54 @@ from lcc import models
 from lcc.errors import SourceError
 from lcc.models import Preprocessing, Source
 
+CODE = """
+import threading
+import torch
+from torch import nn
+
+def make(num_classes=5):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, num_classes))
+
+def broken():
+    raise ValueError("no such\\nluck")
+
+def text():
+    return "net"
+
+def compiled():
+    return torch.compile(nn.Sequential(torch.compile(nn.Conv2d(3, 4, 3)), nn.ReLU()))
+
+def compiled_in_place():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3))
+    net.compile()
+    return net
+
+def script():
+    return nn.Sequential(torch.jit.trace(nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)))
+
+def locked():
+    net = make()
+    net.lock = threading.Lock()
+    return net
+
+def stubborn():
+    net = make()
+    net.train = None
+    return net
+
+class Extra(nn.Linear):
+    def get_extra_state(self):
+        return {}
+
+def extra():
+    return nn.Sequential(Extra(3, 4))
+"""
+
 
 @pytest.fixture
 def user_code(tmp_path, monkeypatch):
     name = "lcc_test_user_code"
-    (tmp_path / f"{name}.py").write_text(
-        "from torch import nn\n"
-        "def make(num_classes=5):\n"
-        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, num_classes))\n"
-        "def broken():\n    raise ValueError('no such\\nluck')\n"
-        "def text():\n    return 'net'\n"
-    )
+    (tmp_path / f"{name}.py").write_text(CODE)
     monkeypatch.chdir(tmp_path)
     yield f"py:{name}"
     sys.modules.pop(name, None)
@@ -54,16 +91,41 @@ def test_a_users_code_is_built_again_only_with_trust(user_code):
     assert isinstance(models.build(source, trust_code=True), nn.Sequential)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize(
     ("factory", "words"),
     [
         ("broken", "failed: ValueError: no such luck; --debug shows where"),
         ("missing", "failed: AttributeError: module 'lcc_test_user_code' has no attribute 'missing'"),
         ("text", "gave a str; it must return a torch.nn.Module"),
+        (
+            "script",
+            "0 of py:lcc_test_user_code:script is TorchScript, which can't be changed; give the Python",
+        ),
+        (
+            "locked",
+            "lcc works on copies in eval mode, and py:lcc_test_user_code:locked can't be had so: TypeEr",
+        ),
+        ("stubborn", "stubborn can't be had so: TypeError: 'NoneType' object is not callable"),
+        (
+            "extra",
+            "0._extra_state in its state_dict is a dict, and lcc stores tensors alone; keep it elsewhere",
+        ),
     ],
 )
 def test_a_users_code_that_fails_is_one_line(user_code, factory, words):
     assert words in refusal(f"{user_code}:{factory}")
+
+
+@pytest.mark.parametrize("factory", ["compiled", "compiled_in_place"])
+def test_a_compiled_network_is_taken_as_it_was_before(user_code, factory):
+    model = models.load(f"{user_code}:{factory}").model
+    assert type(model) is nn.Sequential
+    assert list(model.state_dict()) == ["0.weight", "0.bias"]
+    seen = []
+    model[0].register_forward_hook(lambda *_: seen.append(1))  # which a compiled one may not run
+    model(torch.zeros(1, 3, 8, 8))
+    assert seen == [1]
 
 
 def test_a_module_that_is_not_there_says_where_to_run():
