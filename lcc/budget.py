@@ -210,7 +210,7 @@ def frontier(
 ) -> tuple[Budgeted, ...]:
     """Return the best choices at evenly spaced budgets from the floor up to what the network costs now.
 
-    All keep the `others` among the targets.
+    All keep the `others` among the targets; each is there once.
     """
     kept = _limits(others, now)
     least = _search(options, now, kept, least=quantity)
@@ -218,7 +218,9 @@ def frontier(
         return ()
     limits = np.linspace(least.costs[quantity], now[quantity], points)
     found = (_least_harm(options, now, [*kept, (quantity, float(limit))]) for limit in limits)
-    return tuple(entry for entry in found if entry is not None)
+    choices = [entry for entry in found if entry is not None]
+    distinct = {tuple((one.method, one.sites) for one in choice.taken): choice for choice in choices}
+    return tuple(distinct.values())
 
 
 def neighbours(

@@ -71,7 +71,7 @@ def begin(directory: Path | None, *, resume: bool, say: Callable[[str], None]) -
 def refuse_leftovers(directory: Path) -> None:
     """Refuse to mix a new run with an old one's checkpoints. Raises: TrainingError: there are some."""
     if newest(directory) is not None:
-        raise TrainingError(f"{directory} has checkpoints of an earlier run: resume it, or remove the folder")
+        raise TrainingError(f"{directory} has checkpoints of an earlier run: give --resume, or remove it")
 
 
 def discard(directory: Path) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lcc.plan import NOUNS, Plan, Site, decide, rules_for
 from lcc.specs import Cost, Frozen, SiteKind
-from lcc.tables import BAD, GOOD, QUIET, TIMES, UNKNOWN, Cell, Sheet, change, in_short, ms, si
+from lcc.tables import BAD, GOOD, QUIET, TIMES, UNKNOWN, Cell, Sheet, change, ms, not_counted, si
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -259,7 +259,7 @@ def _totals(value: Inspection) -> list[str]:
     if after.macs < before.macs:
         lines.append("fewer MACs are not yet less time: `lcc report` measures that")
     if value.uncounted:
-        lines.append(f"MACs of {in_short(value.uncounted)} are not counted")
+        lines.append(not_counted(value.uncounted))
     return lines
 
 

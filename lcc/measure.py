@@ -174,8 +174,8 @@ def bench_layers(
                 device=device,
                 rounds=rounds,
             )
-            speedup = bench.speedups["after"]
-            timed[key] = LayerLatency(**bench.latencies, speedup=speedup, slower=speedup.median < 1)
+            slower = _is_slower(bench)
+            timed[key] = LayerLatency(**bench.latencies, speedup=bench.speedups["after"], slower=slower)
             conditions = bench.conditions
         layers[site.name] = timed[key]
     if conditions is None:
@@ -254,3 +254,9 @@ def _torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _is_slower(bench: Bench) -> bool:
+    """Whether an operator loses, by the ratios of runs side by side and by the medians of each alone."""
+    before, after = (bench.latencies[name].median_ms for name in ("before", "after"))
+    return bench.speedups["after"].median < 1 and after > before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,8 +35,8 @@ def other_kind(method: Method, kind: SiteKind) -> str | None:
 class Site(Frozen):
     """Something that can be replaced, by name.
 
-    `aliases` are its other names, where the host registers one module twice. `sizes` holds the input size
-    of every call in one forward pass. `norm` names the BatchNorm that alone consumes its output.
+    `aliases` are its other names, where the host registers one module twice. `sizes` holds the size of
+    every map that it is given for one image. `norm` names the BatchNorm that alone consumes its output.
     `shortcut`: a convolution on the skip path of a residual block. `obstacle` says in words why nothing can
     take it.
     """
@@ -101,9 +102,13 @@ class Rule(Frozen):
     method: AnyMethod | None = None
     reason: str | None = None
 
-    def matches(self, site: Site) -> bool:
-        """Whether any glob matches any name of the site, or is one, letter by letter."""
-        by_glob = (fnmatchcase(name, glob) for glob in self.match for name in site.names)
+    def matches(self, site: Site, names: Collection[str] = ()) -> bool:
+        """Whether any glob matches any name of the site, or is one, letter by letter.
+
+        Of `names`, those of all sites, each stands for itself alone, even if it reads as a glob.
+        """
+        globs = (glob for glob in self.match if glob not in names)
+        by_glob = (fnmatchcase(name, glob) for glob in globs for name in site.names)
         return self.spells_out(site) or any(by_glob)
 
     def spells_out(self, site: Site) -> bool:
@@ -214,7 +219,8 @@ def decide(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> Plan:
     inside a step that is replaced goes with it.
     Raises: RecipeError: a rule spells out a site that its method can't take, or that another one rules out.
     """
-    choices = _without_lone([_choose(site, rules) for site in sites], {})
+    names = frozenset(name for site in sites for name in site.names)
+    choices = _without_lone([_choose(site, rules, names) for site in sites], {})
     made, ruled_out = _made(choices)
     while (fewer := _without_lone(choices, ruled_out)) != choices:
         choices = fewer
@@ -247,10 +253,10 @@ class _Choice(NamedTuple):
     spelled_out: bool = False
 
 
-def _choose(site: Site, rules: tuple[Rule, ...]) -> _Choice:
+def _choose(site: Site, rules: tuple[Rule, ...], names: Collection[str]) -> _Choice:
     passed_over = None
     for number, rule in enumerate(rules):
-        if not rule.matches(site):
+        if not rule.matches(site, names):
             continue
         method, spelled_out = rule.method, rule.spells_out(site)
         if method is None:
@@ -364,8 +370,10 @@ def refuse_idle_patterns(sites: tuple[Site, ...], rules: tuple[Rule, ...]) -> No
         for glob in rule.match:
             alone = Rule(match=(glob,))
             if not any(alone.matches(site) for site in sites):
+                close = get_close_matches(glob, [name for site in sites for name in site.names], n=1)
+                meant = f"; did you mean {close[0]!r}?" if close else ""
                 raise RecipeError(
-                    f"no site matches {glob!r}; `lcc inspect` lists the {len(sites)} names there are"
+                    f"no site matches {glob!r}{meant}; `lcc inspect` lists the {len(sites)} names there are"
                 )
 
 

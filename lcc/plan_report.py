@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from lcc.budget import Costs, Quantity, amount
 from lcc.methods import AnyMethod
 from lcc.specs import Cost, Frozen
-from lcc.tables import GOOD, NOISE, QUIET, UNKNOWN, Cell, Sheet, change, ms, si
+from lcc.tables import GOOD, NOISE, QUIET, UNKNOWN, Cell, Sheet, change, ms, not_counted, si
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -64,6 +64,7 @@ class PlanReport(Frozen):
     `gap`: how far above the least possible the harm may be; None: what costs least was taken.
     `cheaper` and `dearer`: what the nearest other choices change. `compared`: whole networks that were timed,
     the chosen one last. `quantity` is what the frontier is about; `drop`: points of accuracy lost.
+    `uncounted`: modules of which the MACs are not in the costs.
     """
 
     source: str
@@ -86,6 +87,7 @@ class PlanReport(Frozen):
     timing: str | None = None
     cost: str
     checked: str | None = None
+    uncounted: tuple[str, ...] = ()
 
 
 def changes(found: Budgeted, other: Budgeted, now: Costs, quantity: Quantity) -> str:
@@ -203,14 +205,20 @@ def _notes(report: PlanReport) -> Iterator[str]:
     for quantity, total in report.now.items():
         after = report.then[quantity]
         yield f"{amount(quantity, total)} becomes {amount(quantity, after)}, {after / total:.1%}"
+    if report.uncounted:
+        yield not_counted(report.uncounted)
     if report.gap is None:
         aim = "whatever is cheapest"
     else:
         least = "the least possible" if report.gap < CERTAIN else f"at most {report.gap:.1g} above the least"
+        least += " by the times predicted" if report.compared else ""
         aim = {"outputs": least, "capacity": f"parameters kept first, {least} loss of them"}[report.keep]
     yield f"predicted error {report.error:.3g} nats (divergence of the outputs), {aim}; the rest stays dense"
+    if report.parts and report.error == 0:
+        yield "the outputs do not depend on these sites (zeros behind them?): any choice is as good"
     if report.drop is not None:
-        yield f"{report.drop:+.2f} points lost right after conversion, before fine-tuning"
+        what = "gained" if report.drop < 0 else "lost"
+        yield f"{abs(report.drop):.2f} points {what} right after conversion, before fine-tuning"
     yield from _over(report)
     for number, found in enumerate(report.compared, 1):
         name = "the chosen network" if number == len(report.compared) else "a network timed on the way"
@@ -238,13 +246,15 @@ def _over(report: PlanReport) -> Iterator[str]:
 
 def _frontier_sheet(report: PlanReport) -> Sheet:
     quantity = report.quantity
+    also = [each for each in report.now if each != quantity and each in report.limits]
     return Sheet(
         title="frontier",
-        headers=(f"{quantity}, of now", quantity, "predicted error"),
+        headers=(f"{quantity}, of now", quantity, *also, "predicted error"),
         rows=tuple(
             (
                 Cell(f"{point.costs[quantity] / report.now[quantity]:.1%}"),
                 Cell(amount(quantity, point.costs[quantity]), QUIET),
+                *(Cell(f"{point.costs[each] / report.now[each]:.1%}") for each in also),
                 Cell(f"{point.error:.3g}"),
             )
             for point in report.frontier

@@ -42,7 +42,10 @@ if TYPE_CHECKING:
 
 
 class Tables(NamedTuple):
-    """All that a choice is made from: `options` with what each saves alone, `now` what the network costs."""
+    """All that a choice is made from: `options` with what each saves alone, `now` what the network costs.
+
+    `uncounted`: modules of which the MACs are not in that.
+    """
 
     starts: Starts
     sites: tuple[Site, ...]
@@ -50,6 +53,7 @@ class Tables(NamedTuple):
     options: list[Option]
     errors: ErrorTable
     clock: Clock | None
+    uncounted: tuple[str, ...]
 
     def in_company(self) -> list[Option]:
         """Return the options with the time that each saves in a whole network."""
@@ -72,7 +76,7 @@ def tables_for(
     """
     quantities = [target.quantity for target in targets] or [budget.minimise]
     counted = [target for target in targets if target.quantity != "latency"]
-    sites, now, clock = sites_of(original), _costs(original), None
+    sites, (now, uncounted), clock = sites_of(original), _costs(original), None
     methods = _methods(budget)
     refuse_idle_patterns(sites, tuple(Rule(match=globs) for globs in (budget.include, budget.exclude)))
     options = options_for(sites, methods, include=budget.include, exclude=budget.exclude)
@@ -113,7 +117,7 @@ def tables_for(
     starts = Starts(original, _grouped(original, sites, methods))
     errors = with_errors(starts, sites, options, calibration, settings)
     found = errors.options if budget.keep == "outputs" else _by_capacity(errors.options, now)
-    return Tables(starts, sites, now, found, errors, clock)
+    return Tables(starts, sites, now, found, errors, clock, uncounted)
 
 
 def _left_out(slower: int, count: int) -> str:
@@ -134,7 +138,9 @@ def not_tried(original: Network, budget: Budget) -> str:
     ]
     fast = [kind.model_fields["name"].default for kind in METHODS.values() if not kind.fits_slowly]
     named = " ".join(f"--method {name}" for name in (*fast, *able))
-    return f"; not tried, since fitted by training: {', '.join(able)}; add {named}" if able else ""
+    if not able:
+        return ""
+    return f"; not tried, since fitted by training: {', '.join(able)}; add {named} (a recipe: budget.methods)"
 
 
 def _by_capacity(options: Sequence[Option], now: Costs) -> list[Option]:
@@ -177,15 +183,12 @@ def _methods(budget: Budget) -> list[Method | type[Method]]:
     return named
 
 
-def _costs(network: Network) -> Costs:
-    """Return what a network costs now; weights in bytes, buffers included."""
-    model = network.loaded.model
+def _costs(network: Network) -> tuple[Costs, tuple[str, ...]]:
+    """Return what a network costs now, and what of it is not counted; weights in bytes, buffers included."""
+    model, count = network.loaded.model, count_macs(network.loaded.model, network.example)
     stored = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
-    return {
-        "params": count_params(model),
-        "macs": count_macs(model, network.example).macs,
-        "size": sum(stored.values()),
-    }
+    costs: Costs = {"params": count_params(model), "macs": count.macs, "size": sum(stored.values())}
+    return costs, count.missing
 
 
 def _clock(original: Network, sites: tuple[Site, ...], budget: Budget, settings: Settings) -> Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -239,11 +240,14 @@ def _report(
     others = [target for target in targets if target is not tight]
     cheaper, dearer = neighbours(options, now, found, first, others)
     order = {site.name: number for number, site in enumerate(tables.sites)}
+    limits: Costs = {}
+    for target in targets:
+        limits[target.quantity] = min(target.of(now), limits.get(target.quantity, math.inf))
     return PlanReport(
         source=original.pedigree,
         random_weights=original.is_random,
         targets=budget.wanted,
-        limits={target.quantity: target.of(now) for target in targets},
+        limits=limits,
         quantity=first,
         now=now,
         then=found.costs,
@@ -264,6 +268,7 @@ def _report(
         noisy=clock is not None and clock.noisy,
         timing=None if clock is None else clock.conditions,
         cost=tables.errors.cost,
+        uncounted=tables.uncounted,
     )
 
 

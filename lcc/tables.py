@@ -122,7 +122,7 @@ def _models_sheet(first: ModelRow, others: Sequence[ModelRow]) -> Sheet:
             row += cells(model, first)
         rows.append(tuple(row))
     histories = [f"{model.name}: " + "; ".join(model.history) for model in models if model.history]
-    missing = [f"{m.name}: MACs of {in_short(m.uncounted)} are not counted" for m in models if m.uncounted]
+    missing = [f"{m.name}: {not_counted(m.uncounted)}" for m in models if m.uncounted]
     return Sheet(
         title="",
         headers=("", first.name, *(header for model in others for header in (model.name, ""))),
@@ -333,8 +333,8 @@ def _error(fit: Fit | None) -> Cell:
     return Cell(change(start, f"{fit.relative_error:.2f}"))
 
 
-def in_short(modules: tuple[str, ...]) -> str:
-    """Return the names of modules, the first few where there are many; "" is the network itself."""
+def not_counted(modules: tuple[str, ...]) -> str:
+    """Return in words of which modules the MACs are missing, the first few where there are many."""
     named = [name or "the network itself" for name in modules]
     more = f" and {len(named) - SHOWN} more modules" if len(named) > SHOWN else ""
-    return ", ".join(named[:SHOWN]) + more
+    return f"MACs of {', '.join(named[:SHOWN])}{more} are not counted"

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def in_words(error: ValidationError, root: type[BaseModel]) -> str:
     """Return in one line the first thing that is wrong, as "key: what"; `root` is what was validated."""
-    problems = error.errors(include_url=False)
+    # a mistyped key is why another is missing
+    problems = sorted(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
     place, what = ".".join(str(part) for part in problems[0]["loc"]), _what(problems[0], root)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{place}: {what}{more}" if place else f"{what}{more}"

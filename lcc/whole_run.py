@@ -10,8 +10,8 @@ from lcc import artifact, checkpoints, data, fit_store, progressive
 from lcc import recipe_file as recipes
 from lcc.comparison import EVAL_BATCH, BenchOptions, measured_accuracy, on_data, timed_report
 from lcc.conversion import convert_network
-from lcc.directory import checkpoints_of, fits_of
-from lcc.errors import CheckFailedError
+from lcc.directory import MANIFEST, checkpoints_of, fits_of
+from lcc.errors import ArtifactError, CheckFailedError
 from lcc.export import to_onnx
 from lcc.hashing import hash_of_weights
 from lcc.pipeline import decided, exported_lines, onnx_beside, open_first, saved
@@ -54,6 +54,10 @@ def run(
     The result is the lcc directory, and DIR.onnx where the recipe exports.
     Raises: what the stages raise; NotExportedError, at the end: the export failed its check.
     """
+    if resume and not settings.force and (directory / MANIFEST).exists():
+        raise ArtifactError(
+            f"{directory} is finished, and there is nothing to resume; --force would do it all again"
+        )
     artifact.check_target(directory, force=settings.force)
     if recipe.export is not None:
         check_file(onnx_beside(directory), force=settings.force)

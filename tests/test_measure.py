@@ -107,6 +107,14 @@ def test_a_layer_that_got_slower_is_flagged(monkeypatch, before, after, slower):
     assert bench_layers(SITES, OPERATORS, onnx=False).layers["a"].slower is slower
 
 
+def test_a_layer_is_not_flagged_where_ratios_and_medians_disagree(monkeypatch):
+    fixed(monkeypatch, 0.31, 0.29)
+    real = measure.interleave
+    side_by_side = {"after": Speedup(median=0.99, p10=0.8, p90=1.2)}
+    monkeypatch.setattr(measure, "interleave", lambda calls, **how: (real(calls, **how)[0], side_by_side))
+    assert not bench_layers(SITES, OPERATORS, onnx=False).layers["a"].slower
+
+
 def test_sites_alike_are_timed_once(monkeypatch):
     timed = fixed(monkeypatch, 2.0, 1.0)
     other = SITES[1].model_copy(update={"sizes": (Size(height=8, width=9),)})

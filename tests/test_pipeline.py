@@ -44,6 +44,13 @@ def trained(folder, data):
     return ModelPart(source=str(folder))
 
 
+def test_a_finished_run_says_that_nothing_is_left_to_resume(tmp_path, data):
+    trained(tmp_path / "out", data)
+    recipe = Recipe(lcc=1, model=NET, finetune=tune(data))
+    with pytest.raises(ArtifactError, match="out is finished, and there is nothing to resume"):
+        whole_run.run(recipe, "", tmp_path / "out", SETTINGS, resume=True)
+
+
 def test_what_an_earlier_run_left_and_a_missing_teacher_are_told_before_any_work(tmp_path, data, monkeypatch):
     monkeypatch.setattr(whole_run, "decided", lambda *_: pytest.fail("worked"))
     with pytest.raises(SourceError, match="nowhere"):

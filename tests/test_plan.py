@@ -49,7 +49,12 @@ def test_a_site_kept_by_a_rule_says_so():
 
 def test_a_name_that_reads_as_a_glob_matches_itself():
     plan = make_plan((site("conv[3x3]"), site("conv3")), (rule("conv[3x3]", method=DEPTHWISE),))
-    assert list(plan.methods()) == ["conv[3x3]", "conv3"]
+    assert list(plan.methods()) == ["conv[3x3]"]
+
+
+def test_a_glob_that_is_no_name_matches_what_it_says():
+    plan = make_plan((site("conv[1x1]"), site("conv3")), (rule("conv[3x3]", method=DEPTHWISE),))
+    assert list(plan.methods()) == ["conv3"]
 
 
 def test_a_site_that_no_rule_names_says_so():
@@ -122,6 +127,11 @@ def test_a_dot_is_a_dot():
 def test_a_pattern_that_matches_no_site_is_an_error_that_names_it(patterns):
     with pytest.raises(RecipeError, match=re.escape(f"no site matches {patterns[-1]!r}")):
         make_plan(SITES, (rule(*patterns, method=DEPTHWISE),))
+
+
+def test_a_pattern_that_is_almost_a_name_is_told_which():
+    with pytest.raises(RecipeError, match=r"no site matches '.*covn1'; did you mean 'layer1\.0\.conv1'\?"):
+        make_plan(SITES, (rule("layer1.0.covn1", method=DEPTHWISE),))
 
 
 def test_an_idle_pattern_of_a_dense_rule_is_an_error_too():

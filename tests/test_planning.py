@@ -8,6 +8,8 @@ import tomllib
 from dataclasses import replace
 
 import pytest
+import torch
+from hosts import TinyResNet, seeded
 from planning_setting import (
     FORM,
     SETTINGS,
@@ -18,6 +20,8 @@ from planning_setting import (
     network,
     planned,
 )
+from torch import nn
+from torch.nn import functional as F
 
 from lcc import data as datasets
 from lcc import evaluation, plan_tables, planning
@@ -310,6 +314,52 @@ def test_the_report_in_words_and_as_tables_has_the_target_and_the_cost(data):
     assert len(chosen.rows) == len(report.parts)
     assert len(frontier.rows) == len(report.frontier)
     assert "forward passes" in chosen.notes[-1]
+
+
+def test_of_two_targets_of_one_quantity_the_tighter_is_the_limit(data):
+    one, both = (planned(data, *targets)[1] for targets in (("macs=70%",), ("macs=70%", "macs=90%")))
+    assert (both.limits, both.then) == (one.limits, one.then)
+
+
+def test_the_frontier_says_what_it_keeps_of_other_targets(data):
+    sheet = plan_sheets(planned(data, "macs=60%", "params=80%")[1])[1]
+    assert sheet.headers == ("macs, of now", "macs", "params", "predicted error")
+    shares = [float(row[2].text.rstrip("%")) for row in sheet.rows]
+    assert max(shares) <= 80
+    assert len({tuple(cell.text for cell in row) for row in sheet.rows}) == len(sheet.rows)
+
+
+def test_a_choice_that_changes_no_output_is_said_to_be_any(data):
+    silent = seeded(TinyResNet).float()
+    torch.nn.init.zeros_(silent.head.weight)
+    original = network()
+    original = original.but(loaded=replace(original.loaded, model=silent))
+    notes = plan_sheets(planned(data, "macs=80%", original=original)[1])[0].notes
+    assert any("the outputs do not depend on these sites" in note for note in notes)
+
+
+def test_a_plan_says_which_macs_are_not_in_it(data):
+    class Functional(TinyResNet):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Parameter(torch.ones(4, 4, 3, 3) / 36)
+
+        def forward(self, x):
+            return super().forward(x + F.conv2d(x, self.own[:3, :3], padding=1))
+
+    original = network()
+    original = original.but(loaded=replace(original.loaded, model=seeded(Functional).float()))
+    notes = plan_sheets(planned(data, "macs=80%", original=original)[1])[0].notes
+    assert "MACs of the network itself are not counted" in notes
+    assert not any("not counted" in note for note in plan_sheets(planned(data, "macs=80%")[1])[0].notes)
+
+
+@pytest.mark.parametrize(
+    ("drop", "words"), [(0.25, "0.25 points lost right"), (-0.25, "0.25 points gained right")]
+)
+def test_what_is_gained_is_not_said_to_be_lost(data, drop, words):
+    report = planned(data, "macs=80%")[1].model_copy(update={"drop": drop})
+    assert any(note.startswith(words) for note in plan_sheets(report)[0].notes)
 
 
 # What is refused

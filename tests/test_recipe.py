@@ -132,6 +132,10 @@ def test_the_last_override_wins(read):
         (f"{MODEL}mean = [1, 'x']", 'model.mean.1: should be a number, not the text "x"'),
         (f"{MODEL}weights = 2026-01-01", "2026-01-01 is a date, which no key takes; put it in quotes"),
         ("lcc = 2\nmodel = 3", "lcc: should be 1, not 2 (and 1 more)"),
+        (
+            f"{FINETUNE[:-1].replace('data', 'dta')}",
+            "finetune.dta: unknown key; did you mean 'data'? (and 1 more)",
+        ),
         ("lcc = 1", "model: is missing"),
         ("lcc = 1\n[model]", "model.source: is missing"),
         (f"{CONVERT}[finetune]", "finetune.data: is missing"),
