@@ -167,7 +167,8 @@ def test_targets_that_exclude_each_other_are_refused():
 def test_the_frontier_falls_as_the_budget_grows():
     options = some_options()
     found = frontier(options, NOW, "macs", points=6)
-    assert len(found) == 6
+    assert 1 < len(found) <= 6
+    assert len({tuple((one.method, one.sites) for one in choice.taken) for choice in found}) == len(found)
     assert found[0].costs["macs"] == pytest.approx(floor(options, NOW, "macs").costs["macs"])
     assert found[-1].error == 0
     assert all(a.error >= b.error - 1e-9 for a, b in pairwise(found))
