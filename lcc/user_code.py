@@ -43,13 +43,9 @@ def _not_compiled(network: nn.Module) -> nn.Module:
     network = getattr(network, "_orig_mod", network)  # its only name
     for parent in network.modules():
         parent._compiled_call_impl = None  # noqa: SLF001  # what Module.compile() sets
-        parent._modules.update(  # noqa: SLF001  # setattr takes no names such as "0"
-            {
-                name: _not_compiled(child)
-                for name, child in parent.named_children()
-                if hasattr(child, "_orig_mod")
-            }
-        )
+        for name, child in parent._modules.items():  # noqa: SLF001  # the documented container has no setter
+            if child is not None and hasattr(child, "_orig_mod"):
+                parent._modules[name] = _not_compiled(child)  # noqa: SLF001
     return network
 
 

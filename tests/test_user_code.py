@@ -30,6 +30,10 @@ def text():
 def compiled():
     return torch.compile(nn.Sequential(torch.compile(nn.Conv2d(3, 4, 3)), nn.ReLU()))
 
+def compiled_twice():
+    part = torch.compile(nn.Conv2d(3, 3, 3))
+    return nn.Sequential(part, part)
+
 def compiled_in_place():
     net = nn.Sequential(nn.Conv2d(3, 4, 3))
     net.compile()
@@ -126,6 +130,12 @@ def test_a_compiled_network_is_taken_as_it_was_before(user_code, factory):
     model[0].register_forward_hook(lambda *_: seen.append(1))  # which a compiled one may not run
     model(torch.zeros(1, 3, 8, 8))
     assert seen == [1]
+
+
+def test_a_compiled_part_that_comes_twice_stays_one(user_code):
+    first, second = models.load(f"{user_code}:compiled_twice").model
+    assert type(first) is nn.Conv2d
+    assert first is second
 
 
 def test_a_module_that_is_not_there_says_where_to_run():
