@@ -8,7 +8,20 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hosts import CalledTwice, TinyResNet, TwoParents, assert_same, conv3, photos, seeded, state_of
+from hosts import (
+    Blind,
+    CalledTwice,
+    EvenOdds,
+    Probed,
+    Rounding,
+    TinyResNet,
+    TwoParents,
+    assert_same,
+    conv3,
+    photos,
+    seeded,
+    state_of,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -36,26 +49,6 @@ OPTIONS = {
     "rd_explicit": (RdExplicit(), ("layer1",)),
     "mgic": (Mgic(group_size=2, coarsest=2), ("layer1",)),
 }
-
-
-class EvenOdds(nn.Module):
-    """Two classes that are as likely as each other on every shifted copy of one image."""
-
-    def __init__(self, image, channels=4):
-        super().__init__()
-        ring = {"padding": 1, "padding_mode": "circular"}
-        self.first = nn.Conv2d(3, channels, 3, **ring)
-        self.second = nn.Conv2d(channels, channels, 3, bias=False, **ring)
-        self.third = nn.Conv2d(channels, channels, 3, bias=False, **ring)
-        self.head = nn.Linear(channels, 2)
-        self.double()
-        with torch.no_grad():
-            self.head.weight.mul_(20)
-            self.head.bias -= self(image)[0]
-
-    def forward(self, x):
-        x = self.second(self.first(x).tanh()).tanh()
-        return self.head(self.third(x).tanh().mean((2, 3)))
 
 
 SHIFTED = torch.cat([photos(1, size=8).roll((n, 2 * n), (2, 3)) for n in range(5)])
@@ -357,33 +350,6 @@ def test_what_a_host_does_in_place_changes_nothing(monkeypatch):
 
 
 # Hosts that let no slope through
-
-
-class Blind(TinyResNet):
-    """A network that is run without gradients."""
-
-    @torch.no_grad()
-    def forward(self, x):
-        return super().forward(x)
-
-
-class Probed(TinyResNet):
-    """A frozen network with a last layer that learns."""
-
-    def forward(self, x):
-        with torch.no_grad():
-            x = self.layer1(F.relu(self.bn(self.stem(x))))
-            x = self.layer2(F.relu(self.down_bn(self.down(x))))
-        return self.head(x.mean((2, 3)))
-
-
-class Rounding(TinyResNet):
-    """A network of which one layer's slopes are all zero."""
-
-    def forward(self, x):
-        x = self.layer1(F.relu(self.bn(self.stem(x))))
-        x = self.layer2(F.relu(self.down_bn(self.down((64 * x).round() / 64))))
-        return self.head(x.mean((2, 3)))
 
 
 @pytest.mark.parametrize("host", [Blind, Probed, Rounding])
