@@ -29,8 +29,8 @@ class SiteRow(Frozen):
 
     `after` is None, and `reason` says in words why, where it stays dense. `before` is None for a block
     that nothing can take: what it costs is not known from its description. `depth` counts the blocks that it
-    is inside of; `gone`: one of them is replaced. `shares_with` is the site that counts what they
-    share.
+    is inside of; `gone`: one of them is replaced; `converted_inside`: sites inside a block that are
+    converted instead of it. `shares_with` is the site that counts what they share.
     """
 
     site: Site
@@ -41,6 +41,7 @@ class SiteRow(Frozen):
     shares_with: str | None = None
     depth: int = 0
     gone: bool = False
+    converted_inside: int = 0
 
 
 class Inspection(Frozen):
@@ -197,6 +198,7 @@ def _row(site: Site, sites: tuple[Site, ...], plan: Plan, done: Mapping[str, Met
         shares_with=plan.shares_with(site.name),
         depth=len(around),
         gone=any(name in methods for name in around),
+        converted_inside=sum(other.name in methods and site.holds(other) for other in sites),
     )
 
 
@@ -228,6 +230,9 @@ def _outcome(row: SiteRow, value: Inspection) -> Cell:
     of_other_kind = row.site.obstacle is None and row.site.kind not in value.kinds
     if row.gone or (of_other_kind and not value.planned):
         return Cell("")  # the block around it says what becomes of it, or the totals say why nothing does
+    if row.converted_inside and value.planned:
+        sites = "1 site" if row.converted_inside == 1 else f"{row.converted_inside} sites"
+        return Cell(f"not as a whole: {sites} inside")
     return Cell(f"dense: {row.reason}", QUIET)
 
 
@@ -248,13 +253,13 @@ def _counts(value: Inspection) -> Iterator[str]:
 def _totals(value: Inspection) -> list[str]:
     part, before, after = value.addressable, value.before, value.after
     lines = [*_counts(value)]
-    word = "chosen" if value.planned else "addressable"
+    word, then = ("chosen", "with them converted") if value.planned else ("addressable", "all converted")
     if value.converted:
         lines += [
             f"{word}: {part.params / before.params:.0%} of {before.params:,} parameters",
             f"{word}: {part.macs / before.macs:.0%} of {before.macs:,} MACs ({2 * before.macs:,} FLOPs)",
-            f"all converted: {_fewer(before.params, after.params, 'parameters')}",
-            f"all converted: {_fewer(before.macs, after.macs, 'MACs')}",
+            f"{then}: {_fewer(before.params, after.params, 'parameters')}",
+            f"{then}: {_fewer(before.macs, after.macs, 'MACs')}",
         ]
     if after.macs < before.macs:
         lines.append("fewer MACs are not yet less time: `lcc report` measures that")

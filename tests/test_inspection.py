@@ -119,11 +119,19 @@ def test_a_stage_changing_block_shows_its_cost_and_holds_its_convolutions():
 
 
 def test_a_stage_changing_block_says_which_methods_do_not_take_it():
-    value = inspected(
-        torchvision.models.resnet18(), LinearMix(), rules=(Rule(match=("*",), method=LinearMix()),)
-    )
+    rules = (Rule(match=("layer2.0.conv2",)), Rule(match=("*",), method=LinearMix()))
+    value = inspected(torchvision.models.resnet18(), LinearMix(), rules=rules)
     reason = "linear_mix takes convolutions, and this is a stage-changing block"
     assert shown(value, "layer2.0")[-1] == f"dense: {reason}"
+
+
+def test_a_block_kept_around_what_is_converted_says_so():
+    rules = (Rule(match=("layer1.0.conv1", "layer1.1.*"), method=LinearMix()),)
+    value = inspected(torchvision.models.resnet18(), LinearMix(), rules=rules)
+    assert shown(value, "layer1.0")[-1] == "not as a whole: 1 site inside"
+    assert shown(value, "layer1.1")[-1] == "not as a whole: 2 sites inside"
+    assert shown(value, "layer2.0")[-1] == "dense: named by no rule (or --include)"
+    assert f"with them converted: {value.after.macs:,} MACs" in "".join(inspection_sheet(value).notes)
 
 
 def test_a_converted_step_shows_what_its_operator_costs():
