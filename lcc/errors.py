@@ -9,7 +9,7 @@ LccError                  2   your input: one line says what, where, what to do 
 ├── ArtifactError             an lcc directory that is damaged, foreign or can't be written
 ├── TrainingError             fine-tuning that can't go on (NaN loss, no memory)
 ├── CheckFailedError      3   the result failed its own check, and was not kept
-└── InterruptedRunError   130 stopped by Ctrl-C, after a checkpoint
+└── InterruptedRunError   130 training stopped by Ctrl-C, after a checkpoint
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class CheckFailedError(LccError):
 
 
 class InterruptedRunError(LccError):
-    """A run stopped by Ctrl-C, after it wrote a checkpoint."""
+    """Training stopped by Ctrl-C, after it wrote a checkpoint."""
 
     exit_code = 130
 

@@ -27,7 +27,7 @@ def check_plot(path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError as error:
-        raise RecipeError("--plot needs matplotlib: pip install 'lcc[plot]'") from error
+        raise RecipeError("--plot needs matplotlib: pip install matplotlib") from error
     known = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix.removeprefix(".").lower() not in known:
         raise RecipeError(f"--plot {path}: name a file such as sweep.png; known: {', '.join(known)}")
