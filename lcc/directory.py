@@ -2,7 +2,7 @@
 
 DIR.new   where the next one is written and synced; then renamed to DIR
 DIR.old   where the former one waits in between; removed when the next one is in place
-DIR.fits, DIR.checkpoints   what there is of the next one before that
+DIR.plan.json, DIR.fits, DIR.checkpoints   what there is of the next one before that
 
 After a kill at any moment DIR is whole, the former or the next one, or it is missing and both lie beside it.
 Only files named here are ever removed: whatever else lies in such a directory is the user's.
@@ -176,6 +176,11 @@ def _is_ours(path: Path) -> bool:
 def checkpoints_of(directory: Path) -> Path:
     """Return where the checkpoints of an lcc directory go while it is trained: DIR.checkpoints."""
     return directory.parent / f"{directory.name}.checkpoints"
+
+
+def plan_of(directory: Path) -> Path:
+    """Return where a planner's choice is kept while an lcc directory is made: DIR.plan.json."""
+    return directory.parent / f"{directory.name}.plan.json"
 
 
 def fits_of(directory: Path) -> Path:

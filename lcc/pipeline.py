@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcc import artifact, checkpoints, data, fit_store
+from lcc import artifact, checkpoints, data, decision, fit_store
 from lcc.comparison import (
     EVAL_BATCH,
     BenchOptions,
@@ -19,19 +19,18 @@ from lcc.comparison import (
 )
 from lcc.conversion import convert_network, planned
 from lcc.directory import WEIGHTS, checkpoints_of, fits_of
-from lcc.errors import ArtifactError, RecipeError
+from lcc.errors import RecipeError
 from lcc.export import Exported, to_onnx
 from lcc.hashing import hash_of_weights
 from lcc.inspection import Inspection, inspection
 from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.network import Network, original_of, sites_of
-from lcc.plan_report import plan_line, rules_text
 from lcc.planning import plan_within
 from lcc.recipe import Budget, Calibrate, Finetune, ModelPart
 from lcc.specs import Cost
 from lcc.teachers import original_teacher
 from lcc.tuning import train_network
-from lcc.written_files import check_file, written_at_once
+from lcc.written_files import check_file
 
 if TYPE_CHECKING:
     from lcc.data import Preprocessing
@@ -74,16 +73,17 @@ def budget(
     `check_errors`: find out, too, how good the predictions are that the choice rests on.
     Raises: as `lcc.planning.plan_within`; ArtifactError: `save_plan`, where the rules are to go.
     """
-    _check_plan_file(save_plan, settings)
+    decision.check(save_plan, force=settings.force)
     original = open_first(part, settings)
     planned = plan_within(original, wanted, calibration, settings, check_errors=check_errors)
-    return _saved_plan(planned, save_plan, settings)
+    decision.save(planned, save_plan, settings)
+    return planned
 
 
 def convert(
     part: ModelPart,
     directory: Path,
-    decision: tuple[Rule, ...] | Budget,
+    wanted: tuple[Rule, ...] | Budget,
     settings: Settings,
     *,
     calibration: Calibrate | None = None,
@@ -96,15 +96,18 @@ def convert(
     without images; ArtifactError: the target.
     """
     artifact.check_target(directory, force=settings.force)
-    _check_plan_file(save_plan, replace(settings, force=settings.force or resume), directory)
+    decision.check(save_plan, force=settings.force or resume, directory=directory)
     fits = fits_of(directory)
     if not resume:
         fit_store.refuse_leftovers(fits)
     original = open_first(part, settings)
-    rules = decided(original, decision, calibration, settings, save_plan)
+    rules = decision.decided(
+        original, wanted, calibration, directory, settings, resume=resume, save_plan=save_plan
+    )
     sites, converted = convert_network(original, rules, calibration, settings, fits=fits, resume=resume)
     converted = saved(converted, directory, settings).but(name=directory.name)
     fit_store.discard(fits)
+    decision.discard(directory)
     settings.say(f"wrote {directory}; next: lcc finetune {directory} --data DATA")
     return plain_report((original.row(), converted.row(sites=sites)))
 
@@ -293,42 +296,6 @@ def open_first(part: ModelPart, settings: Settings) -> Network:
     """Return what a conversion starts from, by the name it has in reports."""
     network = settings.open(part, name="original")
     return network.but(name="before") if network.plan.groups else network
-
-
-def decided(
-    original: Network,
-    decision: tuple[Rule, ...] | Budget,
-    calibration: Calibrate | None,
-    settings: Settings,
-    save_plan: Path | None = None,
-) -> tuple[Rule, ...]:
-    """Return the rules as given, or those that a planner makes."""
-    if isinstance(decision, tuple):
-        return decision
-    if calibration is None:
-        raise RecipeError("a budget needs images to calibrate on: only they show what harms least")
-    planned = _saved_plan(plan_within(original, decision, calibration, settings), save_plan, settings)
-    settings.say(plan_line(planned.report))
-    return planned.rules
-
-
-def _saved_plan(planned: Planned, path: Path | None, settings: Settings) -> Planned:
-    if path is not None:
-        with written_at_once(path) as file:
-            file.write_text(rules_text(planned.rules, planned.report), encoding="utf-8")
-        settings.say(f"wrote {path}; edit it, then: lcc convert SOURCE --plan {path} --calibrate DATA -o DIR")
-    return planned
-
-
-def _check_plan_file(path: Path | None, settings: Settings, directory: Path | None = None) -> None:
-    """Make sure, before any long work, that rules can be written there. Raises: ArtifactError."""
-    if path is None:
-        return
-    check_file(path, force=settings.force)
-    if not path.parent.is_dir():
-        raise ArtifactError(f"{path} can't be written: name a file in a folder that is there")
-    if directory is not None and directory.resolve() in (path.resolve(), *path.resolve().parents):
-        raise ArtifactError(f"{path} would be lost in {directory}, which is lcc's own; put it beside")
 
 
 def _told_apart(named: list[tuple[Network, str]]) -> list[Network]:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcc import artifact, checkpoints, data, fit_store, progressive
+from lcc import artifact, checkpoints, data, decision, fit_store, progressive
 from lcc import recipe_file as recipes
 from lcc.comparison import EVAL_BATCH, BenchOptions, measured_accuracy, on_data, timed_report
 from lcc.conversion import convert_network
@@ -14,7 +14,7 @@ from lcc.directory import MANIFEST, checkpoints_of, fits_of
 from lcc.errors import ArtifactError, CheckFailedError
 from lcc.export import to_onnx
 from lcc.hashing import hash_of_weights
-from lcc.pipeline import decided, exported_lines, onnx_beside, open_first, saved
+from lcc.pipeline import exported_lines, onnx_beside, open_first, saved
 from lcc.tables import report_sheets, to_markdown
 from lcc.tuning import train_network
 from lcc.written_files import check_file
@@ -66,7 +66,7 @@ def run(
     rows = _Rows(recipe, settings)
     original = open_first(recipe.model, settings)
     teacher = None if recipe.finetune is None else _recipe_teacher(recipe, original, settings)
-    rules = decided(original, recipe.decision, recipe.calibrate, settings)
+    rules = decision.decided(original, recipe.decision, recipe.calibrate, directory, settings, resume=resume)
     origin = _origin(recipe, original, rules)
     rows.add(original)
     network = original
@@ -166,6 +166,7 @@ def _refuse_leftovers(recipe: Recipe, directory: Path) -> None:
 
 def _discard_leftovers(recipe: Recipe, directory: Path) -> None:
     """Remove what only a resumed run would need."""
+    decision.discard(directory)
     fit_store.discard(fits_of(directory))
     if recipe.progressive is not None:
         progressive.discard_stages(recipe.progressive, directory)

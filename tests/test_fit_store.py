@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from hosts import photos, seeded
+from kills import KilledError
 from torch import nn
 
 from lcc.calibrate import calibrate_
@@ -19,10 +20,6 @@ from lcc.methods.reaction_diffusion import RdExplicit
 from lcc.plan import make_plan, rules_for
 from lcc.surgery import find_sites, replace_
 from lcc.zoo import BasicBlock
-
-
-class KilledError(Exception):
-    """Stands for a kill."""
 
 
 def network():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kills import KilledError
 
 from lcc import latency_table, progress
 from lcc.errors import ArtifactError, CheckFailedError, RecipeError, SourceError
@@ -31,10 +32,6 @@ MIX, RING = LinearMix(), Circulant()
 WANTED = {CONV: [MIX, RING], BLOCK: [RdExplicit()]}
 TORCH = Timing(runtime="torch")
 RATIOS = {"dense": 1.0, str(MIX): 0.5, str(RING): 0.25, str(RdExplicit()): 0.3}
-
-
-class KilledError(Exception):
-    """Stands for a kill."""
 
 
 class Clock:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from small_data import idx_data, image_folder
 
-from lcc import checkpoints, comparison, pipeline, whole_run
+from lcc import checkpoints, comparison, decision, pipeline, whole_run
 from lcc.comparison import BenchOptions
 from lcc.directory import checkpoints_of, fits_of
 from lcc.errors import ArtifactError, CheckFailedError, DataError, RecipeError, SourceError, TrainingError
@@ -52,7 +52,7 @@ def test_a_finished_run_says_that_nothing_is_left_to_resume(tmp_path, data):
 
 
 def test_what_an_earlier_run_left_and_a_missing_teacher_are_told_before_any_work(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(whole_run, "decided", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(decision, "decided", lambda *_, **__: pytest.fail("worked"))
     with pytest.raises(SourceError, match="nowhere"):
         run(tmp_path / "out", model=NET, teacher=ModelPart(source="nowhere"), finetune=tune(data))
     checkpoints.write(checkpoints_of(tmp_path / "out"), 1, {})
@@ -62,7 +62,7 @@ def test_what_an_earlier_run_left_and_a_missing_teacher_are_told_before_any_work
     (fits_of(tmp_path / "more") / "stem.safetensors").touch()
     with pytest.raises(ArtifactError, match=r"has fits of an earlier conversion: go on with --resume"):
         run(tmp_path / "more", model=NET, convert=RULES)
-    monkeypatch.setattr(pipeline, "decided", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(decision, "decided", lambda *_, **__: pytest.fail("worked"))
     with pytest.raises(ArtifactError, match=r"has fits of an earlier conversion: go on with --resume"):
         pipeline.convert(NET, tmp_path / "more", RULES, SETTINGS)
 
@@ -167,10 +167,10 @@ def test_a_teachers_file_sees_images_as_the_student_does(tmp_path):
 
 
 def test_networks_of_several_sizes_are_timed_each_at_its_own():
-    larger = NET.model_copy(update={"image_size": (16, 16)})
+    larger = NET.model_copy(update={"image_size": (64, 64)})
     options = BenchOptions(rounds=8, onnx=False, layers=False)
     report = pipeline.report((NET, larger), SETTINGS, options=options)
-    assert report.conditions[0].image_size == "8x8, 16x16"
+    assert report.conditions[0].image_size == "8x8, 64x64"
     assert report.models[1].torch_speedup.median < 1
 
 

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kills import killed_after_checkpoint
 from planning_setting import (
     SETTINGS,
     few_images,  # noqa: F401  # the fixture `data`
+    network,
 )
 
-from lcc import pipeline, whole_run
+from lcc import decision, pipeline, whole_run
 from lcc import recipe_file as recipes
 from lcc.comparison import BenchOptions
 from lcc.errors import ArtifactError, RecipeError
@@ -29,6 +31,51 @@ def test_a_recipe_with_a_budget_runs(tmp_path, data):
     before, after = whole_run.run(recipe, "", tmp_path / "out", SETTINGS).models
     assert after.macs <= 0.7 * before.macs
     assert SETTINGS.open(ModelPart(source=str(tmp_path / "out"))).plan.groups
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_is_resumed_goes_on_with_its_plan(tmp_path, data, monkeypatch):
+    recipe = Recipe(
+        lcc=1,
+        model=PART,
+        budget=Budget(targets=("macs=70%",)),
+        calibrate=Calibrate(data=data, images=16),
+        finetune=Finetune(data=data, epochs=2, batch_size=12, distill=0.0),
+    )
+    with killed_after_checkpoint():
+        whole_run.run(recipe, "", tmp_path / "out", SETTINGS)
+    monkeypatch.setattr(decision, "plan_within", lambda *_: pytest.fail("planned anew"))
+    whole_run.run(recipe, "", tmp_path / "out", SETTINGS, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_plan_is_kept_for_what_it_was_made_for_alone(tmp_path, data, monkeypatch):
+    calibration, out, file = Calibrate(data=data, images=16), tmp_path / "out", tmp_path / "plan.toml"
+
+    def decided(original=None, images=calibration, resume=True, **budget):
+        wanted = Budget(**{"targets": ("macs=70%",), "methods": ("linear_mix",), **budget})
+        return decision.decided(
+            original or network(), wanted, images, out, SETTINGS, resume=resume, save_plan=file
+        )
+
+    rules = decided(resume=False)
+    file.write_text("edited")
+    monkeypatch.setattr(decision, "plan_within", lambda *_: 1 / 0)
+    assert decided(images=calibration.model_copy(update={"data": "idx:moved"})) == rules
+    assert file.read_text() == "edited"
+    file.unlink()
+    assert decided() == rules == recipes.rules_from(file)
+    for change in (
+        {"resume": False},
+        {"targets": ("macs=71%",)},
+        {"images": calibration.model_copy(update={"images": 15})},
+        {"original": network(seed=1)},
+    ):
+        with pytest.raises(ZeroDivisionError):
+            decided(**change)
+    (tmp_path / "out.plan.json").write_text("damaged")
+    with pytest.raises(ZeroDivisionError):
+        decided()
 
 
 def test_a_run_measures_at_its_end_as_its_planner_did(data):
