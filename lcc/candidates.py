@@ -10,8 +10,8 @@ import torch
 from lcc.blocks import dense
 from lcc.budget import Option
 from lcc.methods import Method
-from lcc.plan import Rule, banks_of
-from lcc.specs import ConvSpec, Cost
+from lcc.plan import Rule, banks_of, costs_of
+from lcc.specs import ConvSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,10 +32,15 @@ def options_for(
 ) -> list[Option]:
     """Return every way of giving methods sites that they can take, and what it saves; errors not yet known.
 
-    A class stands for its family. `include` and `exclude` are globs over names. A method that shares takes a
-    whole bank.
+    A class stands for its family. `include` and `exclude` are globs over names; a block stays around what is
+    excluded inside it. A method that shares takes a whole bank.
     """
-    free = [site for site in sites if _is_named(site, include, exclude) and site.sizes]
+    kept = [site for site in sites if Rule(match=exclude).matches(site)]
+    free = [
+        site
+        for site in sites
+        if _is_named(site, include, exclude) and site.sizes and not any(map(site.holds, kept))
+    ]
     wanted: dict[Method, list[Site]] = {}
     for site in free:
         found = [_members(method, site) for method in methods]
@@ -121,9 +126,7 @@ def _options(method: Method, free: Sequence[Site], sites: tuple[Site, ...]) -> I
 
 
 def _option(method: Method, taken: tuple[Site, ...], sites: tuple[Site, ...]) -> Option:
-    none = Cost(params=0, macs=0)
-    before = sum((site.cost() for site in taken), none)
-    after = sum((site.cost_with(method, first=site is taken[0]) for site in taken), none)
+    before, after = costs_of(taken, method)
     inside = (other.name for site in taken for other in sites if site.holds(other))
     params = before.params - after.params
     buffers = sum(_buffers_saved(method, site.spec) for site in taken)

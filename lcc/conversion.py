@@ -109,6 +109,14 @@ def planned(
     return sites, model, _group_(model, sites, plan, original.example, settings)
 
 
+def check_replaceable(network: Network, sites: tuple[Site, ...], plan: Plan) -> None:
+    """Make sure, before any long work, that a network calls what a plan puts in. Raises: RecipeError."""
+    model, methods = copy.deepcopy(network.loaded.model), plan.methods()
+    with models.seeded(network.loaded.source.seed):
+        surgery.replace_(model, plan)
+    surgery.check_reached(model, [site for site in sites if site.name in methods], network.example)
+
+
 def in_order(original: Network, sites: tuple[Site, ...], plan: Plan, settings: Settings) -> Network:
     """Return the network with its inner channels in the order that suits a plan, and say what that gains."""
     if original.is_random:
@@ -143,7 +151,7 @@ def _fit_(
     store: FitStore | None,
 ) -> tuple[dict[str, Fit], dict[str, str]]:
     """Fit the operators to unlabelled images; return the fits, and how they were made in words."""
-    device = pick_device(settings.device)
+    device = pick_device(settings.device, doubles=True)
     for module in (model, *originals.values()):
         module.to(device)
     done: list[str] = []

@@ -56,7 +56,7 @@ def checked_errors(
     preprocessing = starts.original.loaded.preprocessing
     images = data.images(calibration.data, preprocessing, 2 * calibration.images, calibration.seed)
     fitted, held_out = images[: calibration.images], images[calibration.images :]
-    device = pick_device(settings.device)
+    device = pick_device(settings.device, doubles=True)
     model = starts.original.loaded.model.eval()
     true = []
     with placed(model, device), progress.bar("check errors", len(options)) as tick:

@@ -146,7 +146,7 @@ def _found(
     with (
         finite_activations("its layers"),
         undisturbed(model),
-        placed(model, pick_device(settings.device)),
+        placed(model, pick_device(settings.device, doubles=True)),
         progress.bar("fit options", len(options)) as tick,
     ):
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lcc import progress
 from lcc.errors import DataError, RecipeError
 from lcc.specs import Frozen
+from lcc.two_streams import device_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,10 +31,15 @@ class Accuracy(Frozen):
         return f"{self.top1:.2f} %"
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """Return the device by name; "auto" is CUDA, else Apple's GPU, else the CPU. Raises: RecipeError."""
+def pick_device(name: str = "auto", *, doubles: bool = False) -> torch.device:
+    """Return the device by name; "auto" is CUDA, else the CPU; `doubles`: it has to compute in float64.
+
+    Raises: RecipeError: it can't be used.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if doubles and name.startswith("mps"):
+        raise RecipeError(f"device {name!r} has no float64, which weights are fitted in; use --device cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -41,12 +47,6 @@ def pick_device(name: str = "auto") -> torch.device:
         reason = str(error).split("\n", 1)[0]
         raise RecipeError(f"device {name!r} can't be used: {reason}") from error
     return device
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where the parameters are; the CPU if there are none."""
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 @contextmanager

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from lcc.timing import Call
 
 
+CPUINFO, BOARD = Path("/proc/cpuinfo"), Path("/proc/device-tree/model")  # on Linux
+
+
 class Conditions(Frozen):
     """Under what a latency was measured."""
 
@@ -207,10 +210,19 @@ def device_name(device: Device) -> str:
     """Return what the processor or the GPU calls itself."""
     if device == "cuda":
         return str(torch.cuda.get_device_name())
-    cpuinfo = Path("/proc/cpuinfo")
+    return cpu_name(CPUINFO, BOARD) or platform.processor() or platform.machine()
+
+
+def cpu_name(cpuinfo: Path, board: Path) -> str:
+    """Return the processor's name; where it has none, as on ARM, the board's and the numbers of its cores."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    known = [(key.strip(), value.strip()) for key, _, value in (line.partition(":") for line in lines)]
+    for key, value in known:
+        if key == "model name":
+            return value
+    boards = [board.read_text().strip("\0\n")] if board.exists() else []
+    cores = dict.fromkeys(f"{key} {value}" for key, value in known if key in ("CPU implementer", "CPU part"))
+    return ", ".join((*boards, *cores))
 
 
 def _bench_pair(

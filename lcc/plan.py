@@ -13,7 +13,7 @@ from lcc.methods import AnyMethod, Method
 from lcc.specs import ConvSpec, Cost, Frozen, SiteKind, Size, StepSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 DENSE_BY_RULE = "kept dense by a rule (or --exclude)"
 NO_RULE = "named by no rule (or --include)"
@@ -305,6 +305,13 @@ def banks_of(sites: Iterable[Site], method: Method) -> list[tuple[Site, ...]]:
     return [tuple(bank) for bank in alike.values() if _lone(bank, method) is None]
 
 
+def costs_of(taken: Sequence[Site], method: Method) -> tuple[Cost, Cost]:
+    """Return what sites cost as they are, and if `method` took them all, as one bank where it shares."""
+    none = Cost(params=0, macs=0)
+    after = (site.cost_with(method, first=site is taken[0]) for site in taken)
+    return sum((site.cost() for site in taken), none), sum(after, none)
+
+
 def _without_lone(choices: list[_Choice], ruled_out: Collection[str]) -> list[_Choice]:
     """Return the choices without those of methods that share where there is nothing to share with.
 
@@ -329,9 +336,7 @@ def _lone(bank: list[Site], method: Method) -> str | None:
     """Return in words why these sites can't be a bank; None if they can."""
     if len(bank) == 1:
         return "no other convolution of its shape, stride, size and part in a block to share with"
-    before = sum((site.cost() for site in bank), Cost(params=0, macs=0))
-    costs = (site.cost_with(method, first=site is bank[0]) for site in bank)
-    return _not_cheaper(before, sum(costs, Cost(params=0, macs=0)))
+    return _not_cheaper(*costs_of(bank, method))
 
 
 def _not_cheaper(before: Cost, after: Cost) -> str | None:

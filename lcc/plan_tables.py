@@ -15,7 +15,8 @@ import torch
 from lcc import data
 from lcc.banks import refuse_unsettled
 from lcc.budget import amount, check, eased, floor
-from lcc.candidates import obstacles, options_for, worthwhile
+from lcc.candidates import obstacles, options_for, rules_of, worthwhile
+from lcc.conversion import check_replaceable
 from lcc.counts import count_macs, count_params
 from lcc.error_table import Starts, with_errors
 from lcc.errors import InfeasibleError, NothingToConvertError
@@ -25,7 +26,7 @@ from lcc.latency_table import Timing
 from lcc.method_text import method_from_text
 from lcc.methods import METHODS
 from lcc.network import sites_of
-from lcc.plan import Rule, refuse_idle_patterns
+from lcc.plan import Rule, make_plan, refuse_idle_patterns
 from lcc.sensitivity import refuse_no_classes
 from lcc.whole_latency import Clock
 
@@ -92,6 +93,8 @@ def tables_for(
     check(options, now, counted)
     with torch.no_grad():
         refuse_no_classes(original.loaded.model(original.example))
+    if most := rules_of(floor(options, now, "macs").taken):
+        check_replaceable(original, sites, make_plan(sites, most))
     if "latency" in quantities:
         settings.check_bench_device()
         data.enough_images(calibration.data, calibration.images)
@@ -104,16 +107,18 @@ def tables_for(
         try:
             check(in_company, now, eased(in_company, now, targets))
         except InfeasibleError as error:
-            raise InfeasibleError(f"{error}{_left_out(len(cheaper) - len(options), len(cheaper))}") from error
+            left_out = _left_out(len(cheaper) - len(options), len(cheaper))
+            raise InfeasibleError(f"{error}{left_out}{_tried(clock)}") from error
         if not targets and floor(in_company, now, "latency").costs["latency"] >= clock.now_ms:
             raise InfeasibleError(
                 "satisfiable: no; the floor is 100% of the latency: nothing that would save MACs was faster"
+                + _tried(clock)
             )
     if targets and all(now[target.quantity] <= target.of(now) for target in targets):
         reached = ", ".join(amount(target.quantity, now[target.quantity]) for target in targets)
         raise NothingToConvertError(f"nothing to convert: the network has its targets already ({reached})")
     options = worthwhile(options, quantities)
-    pick_device(settings.device)  # errors that are kept need none
+    pick_device(settings.device, doubles=True)  # errors that are kept need none
     starts = Starts(original, _grouped(original, sites, methods))
     errors = with_errors(starts, sites, options, calibration, settings)
     found = errors.options if budget.keep == "outputs" else _by_capacity(errors.options, now)
@@ -124,6 +129,15 @@ def _left_out(slower: int, count: int) -> str:
     if not slower:
         return ""
     return f"; {slower} of {count} options were left out, being slower here than what they replace"
+
+
+def _tried(clock: Clock) -> str:
+    """Return in words how a network did of which the layers are faster alone, but not together."""
+    slower = next((one for one in clock.compared if one.measured_ms >= clock.now_ms > one.by_parts_ms), None)
+    if slower is None:
+        return ""
+    reached, now = (amount("latency", ms) for ms in (slower.measured_ms, clock.now_ms))
+    return f"; the network of all that is faster alone takes {reached} of {now}, measured"
 
 
 def not_tried(original: Network, budget: Budget) -> str:

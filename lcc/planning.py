@@ -18,10 +18,9 @@ from lcc.conversion import convert_network
 from lcc.error_check import checked_errors, refuse_few_images
 from lcc.errors import InfeasibleError, RecipeError
 from lcc.evaluation import count_outputs
-from lcc.plan import Rule
+from lcc.plan import Rule, costs_of
 from lcc.plan_report import Compared, Part, PlanReport, Point, changes
 from lcc.plan_tables import Tables, not_tried, tables_for
-from lcc.specs import Cost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,7 +64,7 @@ def plan_within(
     if check_errors:
         refuse_few_images(calibration)
     targets = tuple(map(parse_target, budget.targets))
-    judges = None if budget.data is None else _judges(original, budget.data, settings)
+    judges = None if budget.data is None else _judges(original, budget.data, calibration, settings)
     try:
         tables = tables_for(original, budget, targets, calibration, settings)
     except InfeasibleError as error:
@@ -145,7 +144,7 @@ def _keeps(found: Budgeted, now: Costs, targets: Sequence[Target]) -> bool:
     )
 
 
-def _judges(original: Network, text: str, settings: Settings) -> Split:
+def _judges(original: Network, text: str, calibration: Calibrate, settings: Settings) -> Split:
     """Return the images that tell what a plan loses. Raises: RecipeError: nothing that can be lost."""
     if original.is_random or original.has_new_head:
         raise RecipeError("--max-drop needs a trained network; weights here are random, or the last layer's")
@@ -155,6 +154,11 @@ def _judges(original: Network, text: str, settings: Settings) -> Split:
         settings.say(
             f"note: {text} has no val part, so its test images choose what is converted, and do not judge it "
             "fairly afterwards"
+        )
+    elif judges.name == data.ALL and text == calibration.data:
+        settings.say(
+            f"note: {text} has neither a val nor a test part, so images that the weights are fitted to are "
+            "among those that judge: on others, more is lost"
         )
     return judges
 
@@ -199,6 +203,12 @@ def _within_drop(
     if tables.clock is None:
         return best
     trial = _measured(best[0], tables, tables.clock)
+    taken = trial.choice.costs["latency"]
+    if taken >= now["latency"]:
+        raise InfeasibleError(
+            f"satisfiable: no; the fastest network predicted that loses at most {most:g} points takes "
+            f"{amount('latency', taken)}, measured, of {amount('latency', now['latency'])}: allow more"
+        )
     tables.clock.choose(trial.whole)
     return trial.choice, best[1]
 
@@ -218,7 +228,8 @@ def _points_lost(
         _, converted = convert_network(original, rules_of(found.taken), calibration, quiet, fits=Path(folder))
     after = measured_accuracy(converted, judges, settings)
     costs = ", ".join(
-        f"{cost / now[quantity]:.1%} of the {quantity}" for quantity, cost in found.costs.items()
+        f"{cost / now[quantity]:.1%} of the {quantity}{', predicted' * (quantity == 'latency')}"
+        for quantity, cost in found.costs.items()
     )
     settings.say(f"tried {costs}: {before} becomes {after}")
     return before.top1 - after.top1
@@ -274,13 +285,13 @@ def _report(
 
 def _part(option: Option, tables: Tables) -> Part:
     taken = [site for site in tables.sites if site.name in option.sites]
-    none = Cost(params=0, macs=0)
+    before, after = costs_of(taken, option.method)
     return Part(
         method=option.method,
         sites=option.sites,
         shape=str(taken[0].spec),
-        before=sum((site.cost() for site in taken), none),
-        after=sum((site.cost_with(option.method, first=site is taken[0]) for site in taken), none),
+        before=before,
+        after=after,
         saved=option.saved,
         alone=None if tables.clock is None else tables.clock.alone(option),
         error=option.error,

@@ -181,5 +181,6 @@ def _bytes_of_an_image(model: nn.Module, image: Tensor) -> int:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return where the model's parameters are."""
-    return next(model.parameters()).device
+    """Return where the parameters are; the CPU if there are none."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

@@ -19,6 +19,7 @@ from lcc import models, surgery
 from lcc.budget import floor
 from lcc.candidates import rules_of
 from lcc.export import to_onnx
+from lcc.hashing import hash_of_weights
 from lcc.latency_table import Place, conditions_of, measure_latencies, missing, reasons
 from lcc.measure import Conditions, bench_onnx, bench_torch
 from lcc.measurements import Store, cache_folder, code_of
@@ -64,11 +65,13 @@ class Clock:
         loaded = network.loaded
         kinds = [site.model_dump_json() for site in sites]
         structure = f"{loaded.source.id}{loaded.model}{loaded.preprocessing.image_size}{kinds}"
-        structure += code_of(loaded.model)
+        structure += code_of(loaded.model) + network.plan.model_dump_json()
+        if network.plan.groups:  # weights may decide how long a lowered operator is
+            structure += hash_of_weights(loaded.model)
         self.conditions = ""
         conditions = {**conditions_of(timing), "network": hashlib.sha256(structure.encode()).hexdigest()}
         self._store = Store(cache_folder(), "networks", conditions, Whole)
-        self._known = {whole.rules: whole for whole in self._store.read()}
+        self._known = {whole.rules: whole for whole in reversed(self._store.read())}  # the first of several
         self._original_file: bytes | None = None
 
     def price(self, options: Sequence[Option], say: Callable[[str], None]) -> list[Option]:
@@ -80,7 +83,7 @@ class Clock:
         """
         wanted: dict[Place, list[Method]] = {}
         for option in options:
-            for place in self._places(option.sites) if option.saved["macs"] else ():
+            for place in self._timed_places(option):
                 wanted.setdefault(place, []).append(option.method)
         if count := missing(wanted, self.timing, cache=cache_folder()):
             if self.timing.runtime == "onnx":
@@ -97,7 +100,7 @@ class Clock:
         priced = []
         for option in options:
             saved = self._saved_ms(option)
-            if saved is not None and (saved > 0 or option.saved["macs"] == 0):
+            if saved is not None and (saved > 0 or option.method.runs_as_dense):
                 priced.append(option.model_copy(update={"saved": {**option.saved, "latency": saved}}))
         self.learn(self.measure(floor(priced, {"latency": 1.0}, "latency").taken))
         return priced
@@ -158,9 +161,9 @@ class Clock:
 
     def alone(self, option: Option) -> Alone | None:
         """Return what an option's sites take, each alone, before and after; None: it changes no time."""
-        if option.saved["macs"] == 0:
+        timed = [self._table[place] for place in self._timed_places(option)]
+        if not timed:
             return None
-        timed = [self._table[place] for place in self._places(option.sites)]
         before, after = [one[None] for one in timed], [one[option.method] for one in timed]
         return Alone(
             before_ms=sum(one.median_ms for one in before),
@@ -168,21 +171,21 @@ class Clock:
             noisy=any(one.noisy for one in (*before, *after)),
         )
 
-    def _places(self, names: Sequence[str]) -> list[Place]:
-        """Return where the named sites run, a place for each call."""
+    def _timed_places(self, option: Option) -> list[Place]:
+        """Return where an option's sites run, a place for each call; none, where it changes no time."""
         return [
             Place(spec=site.spec, size=size)
             for site in self.sites
-            if site.name in names
+            if site.name in option.sites and not option.method.runs_as_dense
             for size in site.sizes
         ]
 
     def _saved_ms(self, option: Option) -> float | None:
-        timed = [self._table[place] for place in self._places(option.sites)] if option.saved["macs"] else ()
+        timed = [self._table[place] for place in self._timed_places(option)]
         if not all(option.method in rivals and None in rivals for rivals in timed):
             return None
         alone = self.alone(option)
-        return alone.before_ms - alone.after_ms if alone else 0.0  # a shared kernel: the same layers run
+        return alone.before_ms - alone.after_ms if alone else 0.0
 
     def _whole(self, rules: tuple[Rule, ...]) -> Whole:
         if rules not in self._known:

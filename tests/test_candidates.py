@@ -148,6 +148,12 @@ def test_globs_say_which_sites_are_free(globs, sites):
     assert taken(options_for(SITES, [Circulant], **globs)) == [(name,) for name in sites]
 
 
+def test_a_block_stays_around_what_is_excluded_inside_it():
+    options = options_for(SITES, [RdExplicit()], exclude=("layer1.conv2",))
+    assert taken(options) == [("layer2",)]
+    assert ("layer1",) in taken(options_for(SITES, [RdExplicit()]))
+
+
 def test_a_site_that_is_never_called_is_no_option():
     silent = tuple(site.model_copy(update={"sizes": ()}) for site in SITES)
     assert options_for(silent, list(METHODS.values())) == []

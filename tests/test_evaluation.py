@@ -9,9 +9,18 @@ from torch import nn
 
 from lcc.batches import eval_batches
 from lcc.data import open_eval
-from lcc.evaluation import evaluate
+from lcc.errors import RecipeError
+from lcc.evaluation import evaluate, pick_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_apples_gpu_is_used_where_it_is_asked_for_and_not_for_float64(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto", doubles=True) == pick_device() == torch.device("cpu")
+    with pytest.raises(RecipeError, match=r"device 'mps:0' has no float64, .* use --device cpu"):
+        pick_device("mps:0", doubles=True)
 
 
 class _Fixed(nn.Module):

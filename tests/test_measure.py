@@ -19,6 +19,17 @@ STEP = StepSpec(channels=16, convs=(SPEC, SPEC), norm_params=64, post="relu")
 CONV = "(float[N,3,{size},{size}] x) => (float[N,8,{size},{size}] y) {{ y = Conv<pads=[1,1,1,1]>(x, w) }}"
 
 
+def test_a_processor_without_a_name_is_known_by_its_board_and_cores(tmp_path):
+    cpuinfo, board = tmp_path / "cpuinfo", tmp_path / "model"
+    assert measure.cpu_name(cpuinfo, board) == ""
+    cpuinfo.write_text("processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd03\n\nCPU part\t: 0xd09\n")
+    assert measure.cpu_name(cpuinfo, board) == "CPU implementer 0x41, CPU part 0xd03, CPU part 0xd09"
+    board.write_bytes(b"Some Board Rev 1.2\0")
+    assert measure.cpu_name(cpuinfo, board).startswith("Some Board Rev 1.2, CPU implementer 0x41")
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n")
+    assert measure.cpu_name(cpuinfo, board) == "Some CPU @ 2 GHz"
+
+
 def test_a_larger_network_is_slower_and_the_conditions_say_how_that_was_measured():
     torch.manual_seed(0)
     small, large = nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(3, 64, 5), nn.Conv2d(64, 64, 5))

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+from hosts import HeldTwice, seeded
 from planning_setting import (
     FORM,
     SETTINGS,
@@ -16,6 +17,7 @@ from planning_setting import (
     network,
     planned,
 )
+from small_data import image_folder
 
 from lcc import data as datasets
 from lcc import evaluation, plan_tables, planning
@@ -256,6 +258,21 @@ def test_that_test_images_choose_is_said(data, monkeypatch):
     assert [text for text in said if "has no val part, so its test images choose what is converted" in text]
 
 
+def test_that_images_which_were_fitted_to_judge_is_said(tmp_path, data, monkeypatch):
+    points_lost(monkeypatch, lambda _: 0.0)
+    loose, said = image_folder(tmp_path, {"": {"0": 8, "1": 8, "2": 8}}), []
+    for calibration in (loose, data):
+        planned(
+            calibration,
+            max_drop=5,
+            data=loose,
+            settings=replace(SETTINGS, say=said.append),
+            original=network(),
+        )
+    (note,) = [text for text in said if "among those that judge" in text]
+    assert note.startswith(f"note: {loose} has neither a val nor a test part")
+
+
 def test_labelled_images_that_are_not_there_are_said_before_any_work(data, passes):
     with pytest.raises(DataError, match="nowhere"):
         planned(data, max_drop=1, data="idx:nowhere")
@@ -270,9 +287,11 @@ def test_what_cannot_be_reached_is_refused_before_any_image_is_opened():
         planned("idx:nowhere", "macs=1%")
 
 
-def test_two_targets_that_exclude_each_other_are_refused(data):
-    with pytest.raises(RecipeError, match="satisfiable: no; the floor"):
-        planned(data, "macs=40%", "params=10%")
+def test_a_host_that_goes_round_what_would_be_replaced_is_refused_before_any_image_is_opened():
+    original = network()
+    original = original.but(loaded=replace(original.loaded, model=seeded(HeldTwice).float()))
+    with pytest.raises(RecipeError, match=r"held was replaced and is not called .*--exclude held"):
+        planned("idx:nowhere", "macs=50%", original=original)
 
 
 def test_a_target_already_met_is_nothing_to_convert_and_needs_no_image():

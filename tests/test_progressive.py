@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kills import killed_after_checkpoint
 from small_data import idx_data
 
-from lcc import checkpoints, whole_run
-from lcc.errors import TrainingError
+from lcc import whole_run
+from lcc.errors import RecipeError, TrainingError
 from lcc.methods.circulant import Circulant
 from lcc.methods.linear_mix import LinearMix
 from lcc.methods.reaction_diffusion import RdExplicit
@@ -32,10 +33,10 @@ def data(tmp_path_factory):
     return idx_data(tmp_path_factory.mktemp("data"), train=48)
 
 
-def recipe_of(data, rules=EVERYWHERE, images=16, **options):
+def recipe_of(data, rules=EVERYWHERE, images=16, model=PART, **options):
     return Recipe(
         lcc=1,
-        model=PART,
+        model=model,
         convert=rules,
         calibrate=Calibrate(data=data, images=images),
         progressive=Progressive(**options),
@@ -47,26 +48,6 @@ def run(data, place, *, resume=False, said=None, **options):
     settings = Settings(device="cpu", threads=1, trust_code=True, say=([] if said is None else said).append)
     whole_run.run(recipe_of(data, **options), "as given", place, settings, resume=resume)
     return settings.open(ModelPart(source=str(place)))
-
-
-class KilledError(Exception):
-    """Stands for a signal that leaves no time for anything."""
-
-
-def killed(monkeypatch, data, place, *, call, **options):
-    """Run until checkpoint number `call` (from 0) is written, and no further."""
-    real, calls = checkpoints.write, []
-
-    def write(*arguments):
-        real(*arguments)
-        calls.append(arguments)
-        if len(calls) > call:
-            raise KilledError
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "write", write)
-        with pytest.raises(KilledError):
-            run(data, place, **options)
 
 
 # What is converted when
@@ -134,7 +115,8 @@ def test_there_are_no_more_stages_than_sites(tmp_path, data):
 def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path, data, monkeypatch, call):
     wanted = run(data, tmp_path / "whole", stages=3).loaded.model.state_dict()
     place = tmp_path / "out"
-    killed(monkeypatch, data, place, call=call, stages=3)
+    with killed_after_checkpoint(call):
+        run(data, place, stages=3)
     assert not place.exists()
     got = run(data, place, resume=True, stages=3)
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in got.loaded.model.state_dict().items())
@@ -145,9 +127,17 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path, data, monkey
 # What is refused
 
 
+def test_a_host_that_goes_round_what_would_be_replaced_is_refused_before_any_stage(tmp_path, data):
+    held = PART.model_copy(update={"source": "py:hosts:HeldTwice"})
+    with pytest.raises(RecipeError, match=r"held was replaced and is not called .*--exclude held"):
+        run(data, tmp_path / "out", model=held, stages=3)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_an_earlier_run_left_is_neither_lost_nor_taken_for_another(tmp_path, data, monkeypatch):
     place, other = tmp_path / "out", idx_data(tmp_path / "data", train=64)
-    killed(monkeypatch, data, place, call=1, stages=3)
+    with killed_after_checkpoint(1):
+        run(data, place, stages=3)
     with pytest.raises(TrainingError, match=r"out\.stage1\.checkpoints has checkpoints of an earlier run"):
         run(data, place, stages=3)
     with pytest.raises(TrainingError, match="can't resume: the training data now and in"):

@@ -201,6 +201,11 @@ class Method(Frozen, ABC):
     shares: ClassVar[bool] = False  # a plan's group of it is one bank: operators that have weights in common
 
     @property
+    def runs_as_dense(self) -> bool:
+        """Whether its operators take the time of the dense convolutions that they replace, to the letter."""
+        return False
+
+    @property
     def takes(self) -> frozenset[SiteKind]:
         """The kinds of sites that this configuration is about; what others are is for other rules to say."""
         return self.kinds

@@ -56,6 +56,11 @@ class Shared(Method):
             raise ValueError(f"scale: {self.method.name} has one scale for all channels; leave scale out")
         return self
 
+    @property
+    def runs_as_dense(self) -> bool:
+        """Whether nothing but where the weights are kept differs from dense convolutions."""
+        return self.method is None and not self.scale
+
     @classmethod
     def family(cls, spec: ConvSpec) -> tuple[Self, ...]:  # noqa: ARG003  # the same for all
         """Return the configurations that a planner tries; it does not look at the order of inner channels."""
