@@ -23,7 +23,7 @@ from small_data import idx_data, image_folder
 from torch import nn
 from torch.nn import functional as F
 
-from lcc import error_table
+from lcc import error_check, error_table
 from lcc.errors import DataError
 from lcc.measurements import code_of
 from lcc.models import Loaded
@@ -75,8 +75,6 @@ def test_slow_fits_that_were_done_survive_an_interruption(data, passes, monkeypa
 @pytest.mark.parametrize(
     "change",
     [
-        "weight",
-        "statistics",
         "attribute",
         "answer",
         "images",
@@ -92,11 +90,7 @@ def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change,
     budget, calibration = Budget(targets=("macs=80%",), **options), Calibrate(data=data, images=16)
     plan_within(network(), budget, calibration, SETTINGS)
     other = network()
-    if change == "weight":
-        other.loaded.model.head.bias.data[0] += 1e-3
-    elif change == "statistics":
-        other.loaded.model.bn.running_var[0] += 1e-3
-    elif change == "attribute":
+    if change == "attribute":
         other.loaded.model.temperature = 2.0
     elif change == "answer":  # by something that is neither a weight, an attribute nor its own file
         forward = TinyResNet.forward
@@ -114,6 +108,26 @@ def test_what_errors_depend_on_is_found_out_anew(tmp_path, data, passes, change,
     else:
         calibration = calibration.model_copy(update={change: 15})
     plan_within(other, budget, calibration, SETTINGS)
+    assert len(passes) == 2
+
+
+@pytest.mark.parametrize("change", ["weight", "statistics", "order"])
+def test_weights_are_known_by_themselves_and_not_only_by_what_the_network_gives(
+    data, passes, change, monkeypatch
+):
+    monkeypatch.setattr(error_table, "answer_of", lambda *_: "")
+    other = network()
+    model, block = other.loaded.model, other.loaded.model.layer1
+    if change == "weight":
+        model.head.bias.data[0] += 1e-3
+    elif change == "statistics":
+        model.bn.running_var[0] += 1e-3
+    else:  # of inner channels, which computes the same
+        state = (block.conv1.weight, *block.bn1.parameters(), block.bn1.running_mean, block.bn1.running_var)
+        for tensor in (*state, block.conv2.weight.transpose(0, 1)):
+            tensor.data.copy_(tensor.flip(0))
+    for one in (network(), other):
+        planned(data, "macs=80%", methods=("circulant",), original=one)
     assert len(passes) == 2
 
 
@@ -202,6 +216,24 @@ def test_predicted_errors_are_set_beside_true_ones(data):
     ).groups()
     assert int(count) >= len(report.parts)
     assert 0.5 < float(rank) <= 1
+
+
+def test_errors_are_checked_on_images_that_nothing_was_fitted_to(data, monkeypatch):
+    fitted, judged = [], []
+    calibrate, judge = error_check.calibrate.calibrate_, error_check._log_probabilities
+    monkeypatch.setattr(
+        error_check.calibrate, "calibrate_", lambda *args: fitted.append(args[3]) or calibrate(*args)
+    )
+    monkeypatch.setattr(
+        error_check, "_log_probabilities", lambda model, seen: judged.append(seen) or judge(model, seen)
+    )
+    budget = Budget(targets=("macs=80%",), methods=("circulant",))
+    plan_within(network(), budget, Calibrate(data=data, images=12), SETTINGS, check_errors=True)
+    assert len(judged) == len(fitted) + 1 > 2  # the original's, and each option's
+    assert all(torch.equal(images, fitted[0]) for images in fitted)
+    assert all(torch.equal(images, judged[0]) for images in judged)
+    assert len(judged[0]) == 12
+    assert not any(torch.equal(one, other) for one in fitted[0] for other in judged[0])
 
 
 def test_errors_are_checked_on_images_that_lie_loose(tmp_path):

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.main import get_command
 
 from lcc import recipe_file as recipes
 from lcc.cli import app
@@ -46,13 +46,33 @@ def test_the_recipe_of_the_readme_is_valid_and_leaves_out_only_what_is_seldom_gi
     assert set(Recipe.model_fields) - shown == {"convert", "teacher", "eval"}
 
 
-def test_the_commands_of_the_readme_parse():
-    commands = re.findall(r"^lcc (\w+) (.*)$", README, re.MULTILINE)
-    assert len(commands) >= 5
-    for name, arguments in commands:
-        help_text = CliRunner().invoke(app, [name, "--help"]).stdout
-        for option in re.findall(r"(?<!\S)(--?[a-z-]+)", arguments):
-            assert re.search(rf"(?<!\S){option}\b", help_text), f"{name} has no {option}"
+COMMANDS = get_command(app).commands
+OPTIONS = {
+    name: {text for one in command.params for text in (*one.opts, *one.secondary_opts)}
+    for name, command in COMMANDS.items()
+}
+
+
+def test_the_commands_of_the_readme_have_their_options():
+    quoted = re.findall(r"`(lcc [^`]+)`", README)
+    typed = [line.removeprefix(".venv/bin/") for text in blocks("sh") for line in text.splitlines()]
+    commands = [text.split()[1:] for text in (*quoted, *typed) if text.startswith("lcc ")]
+    assert len(commands) >= 15
+    for name, *arguments in commands:
+        options = {word for word in arguments if word.startswith("-") and not word[1:2].isdigit()}
+        assert options <= OPTIONS[name], f"{name} has no {options - OPTIONS[name]}"
+
+
+def test_the_options_of_the_readme_are_those_of_some_command():
+    spans = re.findall(r"`([^`]+)`", README.replace("```", ""))
+    named = {
+        option
+        for span in spans
+        if not span.startswith(("python", "pytest", "bash"))
+        for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", span)
+    }
+    assert len(named) >= 25
+    assert named <= set().union(*OPTIONS.values())
 
 
 def test_the_gate_runs_the_test_command_of_the_readme():

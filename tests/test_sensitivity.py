@@ -294,6 +294,13 @@ def test_the_seed_decides_which_labels_are_drawn():
     assert divergences(model, option, seed=1) != divergences(model, option, seed=2)
 
 
+def test_what_it_took_is_said_in_forward_passes(monkeypatch):
+    clock = iter((100.0, 102.0, 109.0))  # at the start, after a pass over the images, at the end
+    monkeypatch.setattr(sensitivity, "_now", lambda _: next(clock))
+    model = tiny()
+    assert damages(model, sites_of(model), [(LinearMix(), ("layer1.conv1",))], IMAGES).forward_passes == 4.5
+
+
 def test_each_pass_says_how_many_options_are_fitted(monkeypatch):
     monkeypatch.setattr(sensitivity, "AT_ONCE", 2)
     said = []
