@@ -85,6 +85,21 @@ def test_a_network_is_converted_and_timed_beside_its_original(runtime, monkeypat
         assert kinds == [torch.nn.Conv2d, LinearMixOp]
 
 
+def test_a_whole_network_is_timed_with_weights_that_no_fit_makes_slower(monkeypatch):
+    seen = {}
+
+    def bench(networks, *_, **__):
+        seen.update(networks)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(whole_latency, "bench_torch", bench)
+    original, rules = network(), (Rule(match=("layer1",), method=RdImplicit()),)
+    with pytest.raises(ZeroDivisionError):
+        Clock(original, sites_of(original), Timing(runtime="torch"))._timed(rules)
+    step, fresh = seen["converted"].layer1, RdImplicit().build(seen["converted"].layer1.spec)
+    assert step.amplification() > 2 * fresh.amplification()
+
+
 class Machine:
     """Stands for a device: an operator takes its MACs in milliseconds, a circulant one ten times as long.
 

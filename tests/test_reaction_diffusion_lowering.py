@@ -49,6 +49,21 @@ def test_an_implicit_step_is_lowered_to_a_short_stencil_at_the_tolerance_and_to_
     assert "24x24" in exact.how
 
 
+def test_no_weights_make_the_stencil_longer_than_those_at_its_slowest():
+    def taps(op):
+        return op.lowerings(Size(height=24, width=24), 1e-3)[0].module.solve.conv.weight.shape[2]
+
+    method, spec = RdImplicit(), conv(5)
+    start, slowest = (method.build(spec).double() for _ in range(2))
+    slowest.at_its_slowest_()
+    assert taps(start) < taps(slowest)
+    for seed in range(20):
+        other = method.build(spec).double()
+        with torch.no_grad():
+            other.stencil.copy_(random(*other.stencil.shape, seed=seed) * 10 ** (seed % 3))
+        assert taps(other) <= taps(slowest)
+
+
 @pytest.mark.parametrize("method", LOWERED, ids=str)
 def test_what_is_lowered_does_not_change_with_the_operator(method):
     op = operator(method, step(4, post="relu"))

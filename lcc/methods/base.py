@@ -105,6 +105,10 @@ class LowCostOp(nn.Module, ABC):
         shares a tensor with the operator.
         """
 
+    def at_its_slowest_(self) -> None:
+        """Take on weights that take as long to run as any, where weights decide how long a lowering is."""
+        return
+
     def warning(self) -> str | None:
         """Return in words what a user should know of the present weights; None if nothing."""
         return None

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lcc.methods.base import Spec
 
 STABLE = 2.0  # forward Euler on y' = -K^T K y is stable up to h max|k^|^2 = 2
+FAR = 1e3  # a tap that is past any cap in use
 
 
 class RdExplicit(ReactionDiffusion):
@@ -142,6 +143,12 @@ class RdImplicitOp(ReactionDiffusionOp):
     def restrain_(self) -> None:
         """Keep the stencil where it has a gradient: not far past the cap."""
         self.stencil.copy_(self.capped_stencil())
+
+    @torch.no_grad()
+    def at_its_slowest_(self) -> None:
+        """Let the stencil reach the cap with its outermost taps alone: what solves is the longest then."""
+        self.stencil.zero_()
+        self.stencil[:, (0, -1), (0, -1)] = FAR
 
     @torch.no_grad()
     def lowerings(self, size: Size, tolerance: float) -> tuple[Lowering, ...]:
