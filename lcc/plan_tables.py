@@ -33,7 +33,7 @@ from lcc.whole_latency import Clock
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lcc.budget import Costs, Option, Quantity, Target
+    from lcc.budget import Costs, Option, Target
     from lcc.error_table import ErrorTable
     from lcc.methods import Method
     from lcc.network import Network
@@ -99,21 +99,8 @@ def tables_for(
         settings.check_bench_device()
         data.enough_images(calibration.data, calibration.images)
         clock = _clock(original, sites, budget, settings)
-        also: list[Quantity] = [target.quantity for target in counted]
-        cheaper = worthwhile(options, [*also, "macs"])
-        options = clock.price(cheaper, settings.say)
+        options = _priced(clock, options, now, targets, settings)
         now = {**now, "latency": clock.now_ms}
-        in_company = clock.scaled(options)
-        try:
-            check(in_company, now, eased(in_company, now, targets))
-        except InfeasibleError as error:
-            left_out = _left_out(len(cheaper) - len(options), len(cheaper))
-            raise InfeasibleError(f"{error}{left_out}{_tried(clock)}") from error
-        if not targets and floor(in_company, now, "latency").costs["latency"] >= clock.now_ms:
-            raise InfeasibleError(
-                "satisfiable: no; the floor is 100% of the latency: nothing that would save MACs was faster"
-                + _tried(clock)
-            )
     if targets and all(now[target.quantity] <= target.of(now) for target in targets):
         reached = ", ".join(amount(target.quantity, now[target.quantity]) for target in targets)
         raise NothingToConvertError(f"nothing to convert: the network has its targets already ({reached})")
@@ -123,6 +110,30 @@ def tables_for(
     errors = with_errors(starts, sites, options, calibration, settings)
     found = errors.options if budget.keep == "outputs" else _by_capacity(errors.options, now)
     return Tables(starts, sites, now, found, errors, clock, uncounted)
+
+
+def _priced(
+    clock: Clock, options: Sequence[Option], counted: Costs, targets: tuple[Target, ...], settings: Settings
+) -> list[Option]:
+    """Return the options that are not slower than what they replace, with the time that each saves alone.
+
+    `counted` is what the network costs without its latency. Raises: InfeasibleError: a target can't be kept.
+    """
+    also = [target.quantity for target in targets if target.quantity != "latency"]
+    cheaper = worthwhile(options, [*also, "macs"])
+    priced = clock.price(cheaper, settings.say)
+    now, in_company = {**counted, "latency": clock.now_ms}, clock.scaled(priced)
+    try:
+        check(in_company, now, eased(in_company, now, targets))
+    except InfeasibleError as error:
+        left_out = _left_out(len(cheaper) - len(priced), len(cheaper))
+        raise InfeasibleError(f"{error}{left_out}{_tried(clock)}") from error
+    if not targets and floor(in_company, now, "latency").costs["latency"] >= clock.now_ms:
+        raise InfeasibleError(
+            "satisfiable: no; the floor is 100% of the latency: nothing that would save MACs was faster"
+            + _tried(clock)
+        )
+    return priced
 
 
 def _left_out(slower: int, count: int) -> str:

@@ -7,6 +7,13 @@ from onnxscript import ir
 from lcc.onnx_runtime import Session
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20]> g '
+SUM = """(float[N,4,6,6] x) => (float[N,4,6,6] y) {
+    spatial = Conv<group=4, pads=[1,1,1,1]>(x, dw)
+    pointwise = Conv(x, pw, bias)
+    sum = Add(spatial, pointwise)
+    y = BatchNormalization<epsilon=0.01>(sum, scale, shift, mean, var)
+}"""
+SUM_WEIGHTS = {"dw": (4, 1, 3, 3), "pw": (4, 4, 1, 1), "bias": 4, "scale": 4, "shift": 4, "mean": 4, "var": 4}
 
 
 def make(text, **initializers):

@@ -38,12 +38,13 @@ class Clock:
     """Stands for bench_torch and bench_onnx: the dense one takes `dense_ms`, the others their ratio of it."""
 
     def __init__(self):
-        self.dense_ms, self.die_at, self.runs = 8.0, None, []
+        self.dense_ms, self.die_at, self.runs, self.how = 8.0, None, [], []
 
-    def __call__(self, rivals, *_, threads, device, rounds, batch=None):
+    def __call__(self, rivals, *examples, threads, device, rounds, batch=None):
         if len(self.runs) == self.die_at:
             raise KilledError
         self.runs.append(tuple(rivals))
+        self.how.append((threads, device, rounds, batch or len(*examples)))
         times = {name: RATIOS[name] * self.dense_ms for name in rivals}
         about = {"runtime": "", "version": "", "device": "", "dtype": "", "image_size": ""}
         return Bench(
@@ -82,6 +83,12 @@ def test_every_rival_is_timed_in_one_run_with_the_dense_convolution_first(clock)
         RING: Timed(median_ms=0.25 * 8.0, iqr_ms=0.5, noisy=True, ratio=0.25),
     }
     assert list(table) == [CONV, BLOCK]
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "torch"])
+def test_rivals_are_timed_as_is_asked_for(clock, runtime):
+    measure_latencies({CONV: [MIX]}, Timing(runtime=runtime, batch=3, threads=2, rounds=9), cache=None)
+    assert clock.how == [(2, "cpu", 9, 3)]
 
 
 def test_what_is_kept_is_not_measured_again_and_the_same_to_the_bit(clock, tmp_path):

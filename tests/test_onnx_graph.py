@@ -1,15 +1,8 @@
 import numpy as np
-from onnx_graphs import make, outputs
+from onnx_graphs import SUM, SUM_WEIGHTS, make, outputs
 
 from lcc.onnx_graph import groups_of, order_sums, strip, sum_terms, to_half
 
-SUM = """(float[N,4,6,6] x) => (float[N,4,6,6] y) {
-    spatial = Conv<group=4, pads=[1,1,1,1]>(x, dw)
-    pointwise = Conv(x, pw, bias)
-    sum = Add(spatial, pointwise)
-    y = BatchNormalization<epsilon=0.01>(sum, scale, shift, mean, var)
-}"""
-SUM_WEIGHTS = {"dw": (4, 1, 3, 3), "pw": (4, 4, 1, 1), "bias": 4, "scale": 4, "shift": 4, "mean": 4, "var": 4}
 RESIDUAL = """(float[N,16,6,6] x) => (float[N,16,6,6] y) {
     spatial = Conv<group=16, pads=[1,1,1,1]>(x, dw)
     pointwise = Conv(x, pw)

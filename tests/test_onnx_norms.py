@@ -1,16 +1,9 @@
 import numpy as np
 import pytest
-from onnx_graphs import make, op_types, outputs
+from onnx_graphs import SUM, SUM_WEIGHTS, make, op_types, outputs
 
 from lcc.onnx_norms import fold_batch_norms, fold_scales
 
-SUM = """(float[N,4,6,6] x) => (float[N,4,6,6] y) {
-    spatial = Conv<group=4, pads=[1,1,1,1]>(x, dw)
-    pointwise = Conv(x, pw, bias)
-    sum = Add(spatial, pointwise)
-    y = BatchNormalization<epsilon=0.01>(sum, scale, shift, mean, var)
-}"""
-SUM_WEIGHTS = {"dw": (4, 1, 3, 3), "pw": (4, 4, 1, 1), "bias": 4, "scale": 4, "shift": 4, "mean": 4, "var": 4}
 NORM = dict.fromkeys(("scale", "shift", "mean", "var"), 4)
 SHARED_SUM = """(float[N,4,6,6] x) => (float[N,4,6,6] y) {
     spatial = Conv<group=4, pads=[1,1,1,1]>(x, dw)
