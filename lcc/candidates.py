@@ -88,11 +88,13 @@ def obstacles(
 ) -> str:
     """Return in words why these methods take no site: what the first says of each, most often first."""
     counts: Counter[str] = Counter()
+    kept = [site for site in sites if Rule(match=exclude).matches(site)]
     named = [site for site in sites if _is_named(site, include, exclude)]
     for site in named:
         kinds = [method for method in methods if site.kind in method.kinds]
         if kinds:
             reason = site.why_not(_members(kinds[0], site)[0]) or "would save none of it"
+            reason = "holds what --exclude names" if any(map(site.holds, kept)) else reason
             counts[reason.partition(" (")[0].partition(":")[0]] += 1
     left = " that --include and --exclude leave" if include or exclude else ""
     if named and not counts:

@@ -109,12 +109,12 @@ def planned(
     return sites, model, _group_(model, sites, plan, original.example, settings)
 
 
-def check_replaceable(network: Network, sites: tuple[Site, ...], plan: Plan) -> None:
-    """Make sure, before any long work, that a network calls what a plan puts in. Raises: RecipeError."""
+def tried(network: Network, sites: tuple[Site, ...], plan: Plan) -> tuple[nn.Module, list[Site]]:
+    """Return a copy of a network with fresh operators in it, and the sites of these."""
     model, methods = copy.deepcopy(network.loaded.model), plan.methods()
     with models.seeded(network.loaded.source.seed):
         surgery.replace_(model, plan)
-    surgery.check_reached(model, [site for site in sites if site.name in methods], network.example)
+    return model, [site for site in sites if site.name in methods]
 
 
 def in_order(original: Network, sites: tuple[Site, ...], plan: Plan, settings: Settings) -> Network:

@@ -53,8 +53,13 @@ def decided(
         return decision
     if calibration is None:
         raise RecipeError("a budget needs images to calibrate on: only they show what harms least")
-    path, made_for = plan_of(directory), _hash_of(original, decision, calibration)
-    planned = _kept(path, made_for) if resume else None
+    path, made_for = plan_of(directory), _hash_of(original, decision, calibration, settings)
+    before = _kept(path)
+    if before is None and path.exists():
+        raise ArtifactError(f"{path} is not lcc's and would be overwritten; move it, or choose another -o")
+    planned = None
+    if resume and before is not None and before.made_for == made_for:
+        planned = Planned(before.rules, before.report)
     if planned is None:
         planned = plan_within(original, decision, calibration, settings)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +69,10 @@ def decided(
         save(planned, save_plan, settings)
     else:
         settings.say(f"going on with the plan in {path}")
-        save(planned, None if save_plan is None or save_plan.exists() else save_plan, settings)
+        if save_plan is not None and save_plan.exists():
+            settings.say(f"left {save_plan} as it is")
+        else:
+            save(planned, save_plan, settings)
     settings.say(plan_line(planned.report))
     return planned.rules
 
@@ -87,23 +95,30 @@ def check(path: Path | None, *, force: bool, directory: Path | None = None) -> N
         raise ArtifactError(f"{path} can't be written: name a file in a folder that is there")
     if directory is not None and directory.resolve() in (path.resolve(), *path.resolve().parents):
         raise ArtifactError(f"{path} would be lost in {directory}, which is lcc's own; put it beside")
+    if directory is not None and path.resolve() == plan_of(directory).resolve():
+        raise ArtifactError(
+            f"{path} is where lcc keeps the plan for {directory} meanwhile; name another file"
+        )
 
 
 def discard(directory: Path) -> None:
-    """Remove the plan that was kept, now that it is carried out."""
-    plan_of(directory).unlink(missing_ok=True)
+    """Remove the plan that was kept, now that it is carried out; what lcc did not write there stays."""
+    path = plan_of(directory)
+    if _kept(path) is not None:
+        path.unlink()
 
 
-def _kept(path: Path, made_for: str) -> Planned | None:
-    """Return the plan that is kept; None: there is none, or it was made for something else."""
+def _kept(path: Path) -> _Kept | None:
+    """Return what is kept; None: there is nothing, or nothing of lcc's."""
     try:
-        kept = _Kept.model_validate_json(path.read_bytes())
+        return _Kept.model_validate_json(path.read_bytes())
     except (OSError, ValidationError):
         return None
-    return Planned(kept.rules, kept.report) if kept.made_for == made_for else None
 
 
-def _hash_of(original: Network, budget: Budget, calibration: Calibrate) -> str:
+def _hash_of(original: Network, budget: Budget, calibration: Calibrate, settings: Settings) -> str:
     """Return a hash of what a plan is made for; where the images lie may change."""
-    seen = calibration.model_dump_json(exclude={"data"})
-    return short_hash(f"{hash_of_weights(original.loaded.model)} {budget.model_dump_json()} {seen}".encode())
+    wanted, seen = (part.model_dump_json(exclude={"data"}) for part in (budget, calibration))
+    weights, form = hash_of_weights(original.loaded.model), original.loaded.preprocessing.model_dump_json()
+    timed = any(text.startswith("latency") for text in (*budget.targets, budget.minimise))
+    return short_hash(f"{weights} {form} {wanted} {seen} {settings.bench_device if timed else ''}".encode())

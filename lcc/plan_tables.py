@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lcc import data
+from lcc import data, surgery
 from lcc.banks import refuse_unsettled
 from lcc.budget import amount, check, eased, floor
 from lcc.candidates import obstacles, options_for, rules_of, worthwhile
-from lcc.conversion import check_replaceable
+from lcc.conversion import tried
 from lcc.counts import count_macs, count_params
 from lcc.error_table import Starts, with_errors
 from lcc.errors import InfeasibleError, NothingToConvertError
@@ -81,6 +81,7 @@ def tables_for(
     methods = _methods(budget)
     refuse_idle_patterns(sites, tuple(Rule(match=globs) for globs in (budget.include, budget.exclude)))
     options = options_for(sites, methods, include=budget.include, exclude=budget.exclude)
+    options = _reached(original, sites, options, settings)
     met = {target.quantity for target in counted if now[target.quantity] <= target.of(now)}
     for quantity in quantities:
         if quantity == "latency" and len(met) < len(counted):
@@ -93,8 +94,6 @@ def tables_for(
     check(options, now, counted)
     with torch.no_grad():
         refuse_no_classes(original.loaded.model(original.example))
-    if most := rules_of(floor(options, now, "macs").taken):
-        check_replaceable(original, sites, make_plan(sites, most))
     if "latency" in quantities:
         settings.check_bench_device()
         data.enough_images(calibration.data, calibration.images)
@@ -110,6 +109,28 @@ def tables_for(
     errors = with_errors(starts, sites, options, calibration, settings)
     found = errors.options if budget.keep == "outputs" else _by_capacity(errors.options, now)
     return Tables(starts, sites, now, found, errors, clock, uncounted)
+
+
+def _reached(
+    original: Network, sites: tuple[Site, ...], options: list[Option], settings: Settings
+) -> list[Option]:
+    """Return the options that the network would call: not those which its code goes round."""
+    some: list[Option] = []
+    settled: set[str] = set()
+    for option in options:
+        if settled.isdisjoint(option.covers):
+            some.append(option)
+            settled.update(option.covers)
+    if not some:
+        return options
+    model, taken = tried(original, sites, make_plan(sites, rules_of(some)))
+    missed = surgery.not_reached(model, taken, original.example)
+    for name in missed:
+        settings.say(
+            f"note: {name} stays dense: the network's code would go round what takes its place, as it holds "
+            "it twice, such as in a list, or looks at its type"
+        )
+    return [option for option in options if not set(option.sites) & set(missed)]
 
 
 def _priced(

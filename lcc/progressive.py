@@ -9,8 +9,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from lcc import checkpoints, fit_store
-from lcc.conversion import check_replaceable, convert_network, in_order
+from lcc import checkpoints, fit_store, surgery
+from lcc.conversion import convert_network, in_order, tried
 from lcc.directory import checkpoints_of, fits_of
 from lcc.network import sites_of
 from lcc.plan import Plan, Rule, make_plan
@@ -71,7 +71,7 @@ def convert_in_stages(
     places = (*_places(progressive, directory)[: len(parts) - 1], directory)
     network = in_order(original, sites, plan, settings)
     orders = network.plan.orders
-    check_replaceable(network, sites, plan)
+    surgery.check_reached(*tried(network, sites, plan), network.example)  # before any stage is trained
     for part, place in zip(parts, places, strict=True):
         _, network = convert_network(
             network, part, calibrate, settings, fits=fits_of(place), resume=resume, ordered=True

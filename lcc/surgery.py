@@ -116,6 +116,18 @@ def check_reached(model: nn.Module, sites: Sequence[Site], example: Tensor) -> N
 
     Raises: RecipeError: it holds what was there elsewhere too, or looks at its type.
     """
+    if missed := not_reached(model, sites, example):
+        raise RecipeError(
+            f"{missed[0]} was replaced and is not called any more: the network's code holds it twice, such "
+            f"as in a list, or looks at its type; leave it out, --exclude {missed[0]}"
+        )
+
+
+def not_reached(model: nn.Module, sites: Sequence[Site], example: Tensor) -> tuple[str, ...]:
+    """Return at which of the sites, called before, the model does not call what is there now.
+
+    Raises: RecipeError: it can't run.
+    """
     operators = {site.name: model.get_submodule(site.name) for site in sites if site.sizes}
     called: set[nn.Module] = set()
 
@@ -131,12 +143,7 @@ def check_reached(model: nn.Module, sites: Sequence[Site], example: Tensor) -> N
     finally:
         for handle in handles:
             handle.remove()
-    missed = next((name for name, operator in operators.items() if operator not in called), None)
-    if missed is not None:
-        raise RecipeError(
-            f"{missed} was replaced and is not called any more: the network's code holds it twice, such as "
-            f"in a list, or looks at its type; leave it out, --exclude {missed}"
-        )
+    return tuple(name for name, operator in operators.items() if operator not in called)
 
 
 def _tie_(method: Method, operators: list[LowCostOp], sites: tuple[str, ...]) -> None:

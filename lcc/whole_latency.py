@@ -101,7 +101,7 @@ class Clock:
         priced = []
         for option in options:
             saved = self._saved_ms(option)
-            if saved is not None and (saved > 0 or option.method.runs_as_dense):
+            if saved is not None and (saved > 0 or not self._timed_places(option)):
                 priced.append(option.model_copy(update={"saved": {**option.saved, "latency": saved}}))
         self.learn(self.measure(floor(priced, {"latency": 1.0}, "latency").taken))
         return priced
@@ -174,12 +174,11 @@ class Clock:
 
     def _timed_places(self, option: Option) -> list[Place]:
         """Return where an option's sites run, a place for each call; none, where it changes no time."""
-        return [
-            Place(spec=site.spec, size=size)
-            for site in self.sites
-            if site.name in option.sites and not option.method.runs_as_dense
-            for size in site.sizes
-        ]
+        taken = [site for site in self.sites if site.name in option.sites]
+        folded = self.timing.runtime == "onnx" and all(site.norm is not None for site in taken)
+        if option.method.runs_as_dense(folded=folded):
+            return []
+        return [Place(spec=site.spec, size=size) for site in taken for size in site.sizes]
 
     def _saved_ms(self, option: Option) -> float | None:
         timed = [self._table[place] for place in self._timed_places(option)]

@@ -122,12 +122,13 @@ class HeldTwice(TinyResNet):
 
     def __init__(self):
         super().__init__()
-        self.held = conv3(self.stem.out_channels)
+        self.held = conv3(self.down.out_channels)
         self.calls = [self.held]
 
     def forward(self, x):
-        y = self.layer1(self.calls[0](F.relu(self.bn(self.stem(x)))))
-        return self.head(self.layer2(F.relu(self.down_bn(self.down(y)))).mean((2, 3)))
+        x = self.layer1(F.relu(self.bn(self.stem(x))))
+        x = self.layer2(F.relu(self.down_bn(self.down(x))))
+        return self.head(self.calls[0](x).mean((2, 3)))
 
 
 class CutUp(TinyResNet):

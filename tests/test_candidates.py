@@ -10,7 +10,7 @@ from cases import BLOCKS, CASES, STEPS, conv
 from hosts import TinyResNet, photos, seeded
 
 from lcc.budget import Option
-from lcc.candidates import BYTES, options_for, worthwhile
+from lcc.candidates import BYTES, obstacles, options_for, worthwhile
 from lcc.counts import count_macs, count_params
 from lcc.method_text import method_from_text
 from lcc.methods import METHODS, parse_method
@@ -152,6 +152,8 @@ def test_a_block_stays_around_what_is_excluded_inside_it():
     options = options_for(SITES, [RdExplicit()], exclude=("layer1.conv2",))
     assert taken(options) == [("layer2",)]
     assert ("layer1",) in taken(options_for(SITES, [RdExplicit()]))
+    why = obstacles(SITES, [RdExplicit()], include=("layer*",), exclude=("*.conv2",))
+    assert "2 x holds what --exclude names" in why
 
 
 def test_a_site_that_is_never_called_is_no_option():

@@ -287,11 +287,13 @@ def test_what_cannot_be_reached_is_refused_before_any_image_is_opened():
         planned("idx:nowhere", "macs=1%")
 
 
-def test_a_host_that_goes_round_what_would_be_replaced_is_refused_before_any_image_is_opened():
-    original = network()
+def test_what_a_host_goes_round_is_left_as_it_is_and_told(data):
+    original, said = network(), []
     original = original.but(loaded=replace(original.loaded, model=seeded(HeldTwice).float()))
-    with pytest.raises(RecipeError, match=r"held was replaced and is not called .*--exclude held"):
-        planned("idx:nowhere", "macs=50%", original=original)
+    settings = replace(SETTINGS, say=said.append)
+    report = planned(data, "macs=80%", original=original, settings=settings)[1]
+    assert not any("held" in part.sites for part in report.parts)
+    assert [text for text in said if text.startswith("note: held stays dense: the network's code")]
 
 
 def test_a_target_already_met_is_nothing_to_convert_and_needs_no_image():

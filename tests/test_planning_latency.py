@@ -321,12 +321,15 @@ def test_a_network_that_loses_little_and_is_not_faster_is_refused(data, machine,
         planned(data, max_drop=1, minimise="latency", data=data, methods=("linear_mix:group_size=2",))
 
 
-def test_a_scale_for_each_site_is_timed_and_a_kernel_that_is_shared_as_it_is_is_not(data, machine):
-    machine.slow = {Shared(align=False, scale=True): 1.1}
-    report = planned(data, "latency=9.9ms", "params=80%", methods=("linear_mix", "shared")).report
-    assert not any(getattr(part.method, "scale", False) for part in report.parts)
-    with pytest.raises(InfeasibleError, match="2 of 4 options were left out, being slower"):
-        planned(data, "latency=9.9ms", "params=80%", methods=("shared",))
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("runtime", ["onnx", "torch"])
+def test_a_scale_for_each_site_takes_no_time_where_a_norm_takes_it(runtime, norm):
+    original = network()
+    sites = [site if norm else site.model_copy(update={"norm": None}) for site in sites_of(original)]
+    clock = Clock(original, tuple(sites), Timing(runtime=runtime))
+    plain, scaled = Shared(align=False), Shared(align=False, scale=True)
+    free = {option.method: not clock._timed_places(option) for option in options_for(sites, [plain, scaled])}
+    assert free == {plain: True, scaled: norm and runtime == "onnx"}
 
 
 def test_what_the_user_asks_for_is_what_is_timed(data, monkeypatch):

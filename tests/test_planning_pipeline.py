@@ -17,6 +17,9 @@ from lcc import decision, pipeline, whole_run
 from lcc import recipe_file as recipes
 from lcc.comparison import BenchOptions
 from lcc.errors import ArtifactError, RecipeError
+from lcc.methods.linear_mix import LinearMix
+from lcc.models import Preprocessing
+from lcc.plan import Rule
 from lcc.recipe import Budget, Calibrate, Finetune, ModelPart, Recipe
 
 pytestmark = pytest.mark.usefixtures("same_threads")
@@ -73,9 +76,25 @@ def test_a_plan_is_kept_for_what_it_was_made_for_alone(tmp_path, data, monkeypat
     ):
         with pytest.raises(ZeroDivisionError):
             decided(**change)
-    (tmp_path / "out.plan.json").write_text("damaged")
+    image_size = Preprocessing(image_size=(9, 9), crop_pct=1.0)
+    loaded = replace(network().loaded, preprocessing=image_size)
     with pytest.raises(ZeroDivisionError):
-        decided()
+        decided(original=network().but(loaded=loaded))
+
+
+def test_a_file_of_the_users_is_neither_overwritten_nor_removed(tmp_path, data, monkeypatch):
+    budget, calibration = Budget(targets=("macs=70%",)), Calibrate(data=data, images=16)
+    mine, out = tmp_path / "out.plan.json", tmp_path / "out"
+    with pytest.raises(
+        ArtifactError, match=r"is where lcc keeps the plan for .*out meanwhile; name another file"
+    ):
+        pipeline.convert(PART, out, budget, SETTINGS, calibration=calibration, save_plan=mine)
+    mine.write_text("mine")
+    monkeypatch.setattr(decision, "plan_within", lambda *_: pytest.fail("planned"))
+    with pytest.raises(ArtifactError, match="is not lcc's and would be overwritten"):
+        pipeline.convert(PART, out, budget, SETTINGS, calibration=calibration)
+    pipeline.convert(PART, out, (Rule(match=("*",), method=LinearMix()),), SETTINGS)
+    assert mine.read_text() == "mine"
 
 
 def test_a_run_measures_at_its_end_as_its_planner_did(data):

@@ -204,9 +204,11 @@ class Method(Frozen, ABC):
     fits_slowly: ClassVar[bool] = False  # by training on activations instead of a closed form
     shares: ClassVar[bool] = False  # a plan's group of it is one bank: operators that have weights in common
 
-    @property
-    def runs_as_dense(self) -> bool:
-        """Whether its operators take the time of the dense convolutions that they replace, to the letter."""
+    def runs_as_dense(self, *, folded: bool) -> bool:  # noqa: ARG002  # for most it makes no difference
+        """Whether its operators take the time of the dense convolutions that they replace.
+
+        `folded`: a scale of the output channels goes into a BatchNorm behind.
+        """
         return False
 
     @property

@@ -56,10 +56,9 @@ class Shared(Method):
             raise ValueError(f"scale: {self.method.name} has one scale for all channels; leave scale out")
         return self
 
-    @property
-    def runs_as_dense(self) -> bool:
+    def runs_as_dense(self, *, folded: bool) -> bool:
         """Whether nothing but where the weights are kept differs from dense convolutions."""
-        return self.method is None and not self.scale
+        return self.method is None and (folded or not self.scale)
 
     @classmethod
     def family(cls, spec: ConvSpec) -> tuple[Self, ...]:  # noqa: ARG003  # the same for all
