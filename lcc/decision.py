@@ -56,7 +56,9 @@ def decided(
     path, made_for = plan_of(directory), _hash_of(original, decision, calibration, settings)
     before = _kept(path)
     if before is None and path.exists():
-        raise ArtifactError(f"{path} is not lcc's and would be overwritten; move it, or choose another -o")
+        raise ArtifactError(
+            f"{path} is no plan of this lcc and would be overwritten; move it, or choose another -o"
+        )
     planned = None
     if resume and before is not None and before.made_for == made_for:
         planned = Planned(before.rules, before.report)

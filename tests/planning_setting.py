@@ -9,6 +9,7 @@ from small_data import idx_data
 from lcc import error_table
 from lcc.conversion import convert_network
 from lcc.counts import count_macs, count_params
+from lcc.measure import Conditions
 from lcc.models import Loaded, Preprocessing, Source
 from lcc.network import Network
 from lcc.planning import plan_within
@@ -17,6 +18,16 @@ from lcc.settings import Settings
 
 SETTINGS = Settings(device="cpu", threads=1, trust_code=True, say=lambda _: None)
 FORM = Preprocessing(image_size=(8, 8), crop_pct=1.0)
+CONDITIONS = Conditions(
+    runtime="a stand-in",
+    version="1",
+    device="no device",
+    threads=1,
+    batch=1,
+    image_size="8x8",
+    dtype="float32",
+    rounds=1,
+)
 
 
 @pytest.fixture(scope="module", name="data")

@@ -91,7 +91,7 @@ def test_a_file_of_the_users_is_neither_overwritten_nor_removed(tmp_path, data, 
         pipeline.convert(PART, out, budget, SETTINGS, calibration=calibration, save_plan=mine)
     mine.write_text("mine")
     monkeypatch.setattr(decision, "plan_within", lambda *_: pytest.fail("planned"))
-    with pytest.raises(ArtifactError, match="is not lcc's and would be overwritten"):
+    with pytest.raises(ArtifactError, match="is no plan of this lcc and would be overwritten"):
         pipeline.convert(PART, out, budget, SETTINGS, calibration=calibration)
     pipeline.convert(PART, out, (Rule(match=("*",), method=LinearMix()),), SETTINGS)
     assert mine.read_text() == "mine"
