@@ -35,11 +35,10 @@ def options_for(
     A class stands for its family. `include` and `exclude` are globs over names; a block stays around what is
     excluded inside it. A method that shares takes a whole bank.
     """
-    kept = [site for site in sites if Rule(match=exclude).matches(site)]
     free = [
         site
         for site in sites
-        if _is_named(site, include, exclude) and site.sizes and not any(map(site.holds, kept))
+        if _is_named(site, include, exclude) and site.sizes and not _holds_kept(site, sites, exclude)
     ]
     wanted: dict[Method, list[Site]] = {}
     for site in free:
@@ -88,13 +87,12 @@ def obstacles(
 ) -> str:
     """Return in words why these methods take no site: what the first says of each, most often first."""
     counts: Counter[str] = Counter()
-    kept = [site for site in sites if Rule(match=exclude).matches(site)]
     named = [site for site in sites if _is_named(site, include, exclude)]
     for site in named:
         kinds = [method for method in methods if site.kind in method.kinds]
         if kinds:
             reason = site.why_not(_members(kinds[0], site)[0]) or "would save none of it"
-            reason = "holds what --exclude names" if any(map(site.holds, kept)) else reason
+            reason = "holds what --exclude names" if _holds_kept(site, sites, exclude) else reason
             counts[reason.partition(" (")[0].partition(":")[0]] += 1
     left = " that --include and --exclude leave" if include or exclude else ""
     if named and not counts:
@@ -115,6 +113,11 @@ def _members(method: Method | type[Method], site: Site) -> tuple[Method, ...]:
 
 def _is_named(site: Site, include: tuple[str, ...], exclude: tuple[str, ...]) -> bool:
     return (not include or Rule(match=include).matches(site)) and not Rule(match=exclude).matches(site)
+
+
+def _holds_kept(site: Site, sites: tuple[Site, ...], exclude: tuple[str, ...]) -> bool:
+    kept = Rule(match=exclude)
+    return any(site.holds(other) and kept.matches(other) for other in sites)
 
 
 def _options(method: Method, free: Sequence[Site], sites: tuple[Site, ...]) -> Iterator[Option]:
