@@ -145,7 +145,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 256,
     as_json: AsJson = False,
 ) -> None:
-    """Measure top-1 and top-5 on val/, else test/."""
+    """Measure top-1 and top-5 on val/, else test/, of any source or an ONNX file."""
     from lcc import pipeline
 
     accuracy = pipeline.evaluate(part, data, settings, batch_size=batch_size)

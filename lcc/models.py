@@ -111,7 +111,7 @@ def load(
             notes.extend(_new_head(architecture, num_classes))
     options = {"image_size": image_size, "mean": mean, "std": std, "crop_pct": crop_pct}
     given = {name: value for name, value in options.items() if value is not None}
-    preprocessing = _adjusted(architecture.preprocessing, given)
+    preprocessing = adjusted(architecture.preprocessing, given)
     if len(given) < len(options) and (checkpoint is not None or architecture.id.startswith("py:")):
         but = ", but for what is given" if given else ""
         notes.append(
@@ -244,7 +244,7 @@ def _new_head(architecture: Architecture, num_classes: int | None) -> tuple[str,
     )
 
 
-def _adjusted(preprocessing: Preprocessing, given: dict[str, Any]) -> Preprocessing:
+def adjusted(preprocessing: Preprocessing, given: dict[str, Any]) -> Preprocessing:
     """Return the preprocessing with what the user gave in it, checked."""
     adjusted = preprocessing.model_copy(update=given)
     if min(adjusted.image_size) < 1:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Device = Literal["cpu", "cuda"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-PRECISION_KEY = "lcc.precision"  # in the metadata of a file that lcc exported
+# In the metadata of a file that lcc exported.
+PRECISION_KEY, PREPROCESSING_KEY = "lcc.precision", "lcc.preprocessing"
 FATAL = 4  # ONNX Runtime's log level: failures arrive as exceptions here, the log would say them twice
 
 
@@ -40,15 +41,21 @@ class Session:
         providers = [CUDA, CPU] if device == "cuda" else [CPU]
         if providers[0] not in onnxruntime.get_available_providers():
             raise RecipeError(f"this ONNX Runtime has no {providers[0]}; use --device cpu")
-        self._what = "the model" if isinstance(model, bytes) else str(model)
+        self.what = "the model" if isinstance(model, bytes) else str(model)
         try:
             source = model if isinstance(model, bytes) else str(model)
             self._session = onnxruntime.InferenceSession(source, options, providers=providers)
         except Exception as error:  # the binding raises its own kinds, with nothing but Exception in common
-            raise SourceError(f"ONNX Runtime can't run {self._what}: {first_line(error)}") from error
+            raise SourceError(f"ONNX Runtime can't run {self.what}: {first_line(error)}") from error
         if self._session.get_providers()[0] != providers[0]:
             raise RecipeError(f"ONNX Runtime can't use {device} and would fall back; use --device cpu")
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+
+    @property
+    def batch(self) -> int | None:
+        """How many images it takes at once; None: any number."""
+        shapes = [value.shape for value in self._session.get_inputs()]
+        return next((shape[0] for shape in shapes if shape and isinstance(shape[0], int)), None)
 
     @property
     def precision(self) -> str:
@@ -73,15 +80,13 @@ class Session:
         try:
             outputs: list[Array] = self._session.run(None, inputs)
         except Exception as error:  # as above
-            raise SourceError(f"ONNX Runtime can't run {self._what}: {first_line(error)}") from error
+            raise SourceError(f"ONNX Runtime can't run {self.what}: {first_line(error)}") from error
         return outputs
 
 
 def _shape(name: str, shape: list[int | str | None], batch: int) -> tuple[int, ...]:
     if not shape:
-        raise SourceError(
-            f"the model's input {name!r} is a single number; lcc times networks that take images"
-        )
+        raise SourceError(f"the model's input {name!r} is a single number, not images")
     first, *rest = shape
     if isinstance(first, int) and first != batch:
         raise SourceError(f"the model's input {name!r} has a fixed batch of {first}; use --batch {first}")
@@ -93,5 +98,5 @@ def _shape(name: str, shape: list[int | str | None], batch: int) -> tuple[int, .
 def _dtype(kind: str) -> np.dtype[Any]:
     dtypes = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
     if kind not in dtypes:
-        raise SourceError(f"the model takes {kind}, not images; lcc times networks that take float images")
+        raise SourceError(f"the model takes {kind}, not images in floating point")
     return np.dtype(dtypes[kind])

@@ -25,8 +25,9 @@ from lcc.hashing import hash_of_weights
 from lcc.inspection import Inspection, inspection
 from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.network import Network, original_of, sites_of
+from lcc.onnx_accuracy import accuracy_of_file
 from lcc.planning import plan_within
-from lcc.recipe import Budget, Calibrate, Finetune, ModelPart
+from lcc.recipe import PREPARATION, Budget, Calibrate, Finetune, ModelPart
 from lcc.specs import Cost
 from lcc.teachers import original_teacher
 from lcc.tuning import train_network
@@ -188,13 +189,14 @@ def like(part: ModelPart, preprocessing: Preprocessing) -> ModelPart:
     """Return a source that wants its images as another network does, unless it says itself how."""
     if Path(part.source).is_dir():
         return part
-    names = ("image_size", "mean", "std", "crop_pct")
-    given = {name: getattr(preprocessing, name) for name in names if getattr(part, name) is None}
+    given = {name: getattr(preprocessing, name) for name in PREPARATION if getattr(part, name) is None}
     return part.model_copy(update=given)
 
 
 def evaluate(part: ModelPart, text: str, settings: Settings, *, batch_size: int = EVAL_BATCH) -> Accuracy:
-    """Return the accuracy of a network on val/, else test/, of a data set."""
+    """Return the accuracy of a network, or an ONNX file, on val/, else test/, of a data set."""
+    if part.source.endswith(".onnx"):
+        return accuracy_of_file(part, data.open_eval(text), settings, batch_size=batch_size)
     network = settings.open(part)
     return measured_accuracy(network, data.open_eval(text), settings, batch_size=batch_size)
 

@@ -78,6 +78,9 @@ class Finetune(Frozen):
         return self
 
 
+PREPARATION = ("image_size", "mean", "std", "crop_pct")  # what a source may say of its images
+
+
 class ModelPart(Frozen):
     """Which network: the options of `lcc.models.load`, under the same names."""
 
