@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from draws import random
 from hypothesis import strategies as st
 from mgic_reference import mgic_reference
 from reference import circulant_reference, linear_mix_reference, shared_reference
@@ -354,10 +355,7 @@ def channels_of(spec):
 
 
 def inputs(spec, count=2, *, seed=2, size=SIZE):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(
-        count, channels_of(spec), size.height, size.width, dtype=torch.float64, generator=generator
-    )
+    return random(count, channels_of(spec), size.height, size.width, seed=seed)
 
 
 def smooth_inputs(spec, count=40):

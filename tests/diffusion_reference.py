@@ -25,10 +25,6 @@ def step(channels=4, kernel=(3, 3), **options):
     return StepSpec(channels=channels, convs=(conv(channels, kernel),) * 2, **options)
 
 
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
 @torch.no_grad()
 def operator(method, spec=None, *, seed=0):
     """The operator in float64 and eval mode, with a BatchNorm that does something."""

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from draws import random
 from reference import conv_reference
 from torch import nn
 from torchvision.models import resnet18
@@ -25,10 +26,6 @@ CHANNELS = [2, 3, 4, 7, 8]
 
 def conv(channels, kernel=(3, 3), **options):
     return ConvSpec(in_channels=channels, out_channels=channels, kernel_size=kernel, **options)
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def dense_kernel(theta):
@@ -79,7 +76,7 @@ def across(matrix, x):
 
 @pytest.mark.parametrize("c", CHANNELS)
 def test_the_analysis_gives_real_and_imaginary_parts_of_the_channel_transform(c):
-    x = randn(c)
+    x = random(c)
     z = np.fft.fft(x.numpy(), norm="ortho")
     half = (c + 1) // 2
     real, imaginary = z.real[:half] * 2**0.5, z.imag[:half] * 2**0.5
@@ -101,7 +98,7 @@ def test_synthesis_undoes_analysis_and_norms_are_kept(c):
     ("stride", "padding", "dilation"), [((1, 1), (1, 2), (1, 1)), ((2, 1), (0, 3), (1, 2))]
 )
 def test_stencils_in_the_transformed_channels_equal_the_dense_convolution(c, stride, padding, dilation):
-    theta, x = randn(c, 3, 5), randn(2, c, 8, 11, seed=1)
+    theta, x = random(c, 3, 5), random(2, c, 8, 11, seed=1)
     z = circulant.apply(
         across(circulant.analysis(c), x),
         *circulant.spectral_stencils(theta),
@@ -116,9 +113,9 @@ def test_stencils_in_the_transformed_channels_equal_the_dense_convolution(c, str
 
 @pytest.mark.parametrize("c", CHANNELS)
 def test_the_adjoint_in_the_transformed_channels_is_the_true_one(c):
-    theta, shape = randn(c, 3, 3), (c, 4, 5)
+    theta, shape = random(c, 3, 3), (c, 4, 5)
     matrix = matrix_of(lambda x: padded(torch.from_numpy(x), theta), shape)
-    x = randn(2, *shape, seed=1)
+    x = random(2, *shape, seed=1)
     re, im = circulant.spectral_stencils(theta)
     z = circulant.apply(across(circulant.analysis(c), x), re, im, padding=(1, 1))
     z = circulant.apply(z, *circulant.adjoint_stencils(re, im), padding=(1, 1))
@@ -128,7 +125,7 @@ def test_the_adjoint_in_the_transformed_channels_is_the_true_one(c):
 
 @pytest.mark.parametrize("c", CHANNELS)
 def test_the_dense_kernel_is_the_one_written_out_and_its_diagonals_give_theta_back(c):
-    theta = randn(c, 3, 2)
+    theta = random(c, 3, 2)
     kernel = circulant.circulant_kernel(theta)
     np.testing.assert_array_equal(kernel, dense_kernel(theta.numpy()))
     torch.testing.assert_close(circulant.diagonal_means(kernel), theta, rtol=0, atol=1e-14)
@@ -137,29 +134,29 @@ def test_the_dense_kernel_is_the_one_written_out_and_its_diagonals_give_theta_ba
 @pytest.mark.parametrize("c", CHANNELS)
 @pytest.mark.parametrize(("kernel", "size"), [((3, 3), (6, 7)), ((5, 3), (5, 4)), ((5, 7), (3, 2))])
 def test_the_fourier_form_is_the_convolution_on_a_torus(c, kernel, size):
-    theta, x = randn(c, *kernel), randn(2, c, *size, seed=1)
+    theta, x = random(c, *kernel), random(2, c, *size, seed=1)
     wanted = periodic(x.numpy(), theta.numpy())
     np.testing.assert_allclose(circulant.periodic_circulant(x, theta), wanted, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("c", CHANNELS)
 def test_the_squared_symbol_is_the_adjoint_times_the_convolution_on_a_torus(c):
-    theta, shape = randn(c, 3, 3), (c, 4, 5)
+    theta, shape = random(c, 3, 3), (c, 4, 5)
     matrix = matrix_of(lambda x: periodic(x, theta.numpy()), shape)
-    x = randn(2, *shape, seed=1)
+    x = random(2, *shape, seed=1)
     wanted = (x.flatten(1).numpy() @ matrix.T @ matrix).reshape(x.shape)
     np.testing.assert_allclose(circulant.periodic_circulant_gram(x, theta), wanted, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("function", [circulant.periodic_circulant, circulant.periodic_circulant_gram])
 def test_the_fourier_forms_are_differentiable(function):
-    x, theta = randn(1, 3, 4, 5).requires_grad_(), randn(3, 3, 3, seed=1).requires_grad_()
+    x, theta = random(1, 3, 4, 5).requires_grad_(), random(3, 3, 3, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(function, (x, theta))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_fourier_form_is_computed_in_float32_at_least(dtype):
-    x, theta = randn(1, 6, 8, 8).to(dtype), randn(6, 3, 3, seed=1).to(dtype)
+    x, theta = random(1, 6, 8, 8).to(dtype), random(6, 3, 3, seed=1).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = circulant.periodic_circulant(x, theta)
     assert got.dtype == dtype
@@ -173,7 +170,7 @@ def test_the_fourier_form_is_computed_in_float32_at_least(dtype):
 @pytest.mark.parametrize("ridge", [1e-5, 1e-2, 1.0])
 def test_the_fit_by_frequency_is_the_ridge_solution_for_all_unknowns_at_once(c, centered, ridge):
     taps, count = 4, 30
-    x, y, start = randn(count, c, taps) + 0.4, randn(count, c, seed=1) - 0.2, randn(c, taps, seed=2)
+    x, y, start = random(count, c, taps) + 0.4, random(count, c, seed=1) - 0.2, random(c, taps, seed=2)
     gram = FrequencyGram(c, taps, torch.device("cpu"))
     gram.add(x[:11], y[:11])
     gram.add(x[11:], y[11:])
@@ -200,7 +197,7 @@ def test_the_fit_by_frequency_is_the_ridge_solution_for_all_unknowns_at_once(c, 
 
 
 def test_dead_inputs_give_the_start_back():
-    start = randn(4, 9)
+    start = random(4, 9)
     gram = FrequencyGram(4, 9, torch.device("cpu"))
     gram.add(torch.zeros(20, 4, 9), torch.ones(20, 4))
     torch.testing.assert_close(gram.solve(1e-5, start), start, rtol=0, atol=1e-12)
@@ -211,7 +208,7 @@ def test_activations_that_are_no_numbers_are_refused(bad):
     gram = FrequencyGram(4, 9, torch.device("cpu"))
     gram.add(torch.full((20, 4, 9), bad), torch.ones(20, 4))
     with pytest.raises(ValueError, match="NaN or infinity"):
-        gram.solve(1e-3, randn(4, 9))
+        gram.solve(1e-3, random(4, 9))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +217,7 @@ def test_activations_that_are_no_numbers_are_refused(bad):
 def test_a_convolution_that_is_circulant_is_found_from_its_activations(spec):
     torch.manual_seed(3)
     exact, op = Circulant().build(spec).double(), Circulant().build(spec).double()
-    images = randn(15, spec.in_channels, 9, 8)
+    images = random(15, spec.in_channels, 9, 8)
     statistics = op.statistics(free_means=False)
     statistics.add(images, exact(images).detach())
     fit = op.fit_(statistics)
@@ -305,7 +302,7 @@ def test_resnet18_keeps_the_parameters_that_the_arithmetic_says():
 
 def test_the_projection_keeps_what_a_circulant_kernel_holds_of_a_network():
     model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
-    theta = randn(4, 3, 3).float()
+    theta = random(4, 3, 3).float()
     noise = torch.randn_like(model[0].weight)
     noise -= circulant.circulant_kernel(circulant.diagonal_means(noise))  # orthogonal to the family
     with torch.no_grad():

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusion_reference import EVERY, SIZE, conv, length, operator, random, step, step_of
+from diffusion_reference import EVERY, SIZE, conv, length, operator, step, step_of
+from draws import random
 from torch.utils.flop_counter import FlopCounterMode
 
 from lcc.methods.reaction_diffusion import RdCirculant, RdExplicit, RdImplicit

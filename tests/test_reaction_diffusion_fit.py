@@ -8,7 +8,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from diffusion_reference import EVERY, POST, largest_symbol, operator, random, step, without_reaction
+from diffusion_reference import EVERY, POST, largest_symbol, operator, step, without_reaction
+from draws import random
 from torch import nn
 
 from lcc.methods.reaction_diffusion import RdCirculant, RdExplicit, RdImplicit

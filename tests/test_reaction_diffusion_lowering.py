@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusion_reference import EVERY, POST, SIZE, conv, operator, random, step, step_of
+from diffusion_reference import EVERY, POST, SIZE, conv, operator, step, step_of
+from draws import random
 
 from lcc.methods.reaction_diffusion import RdCirculant, RdExplicit, RdImplicit
 from lcc.specs import Size

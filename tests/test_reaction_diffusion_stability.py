@@ -12,11 +12,11 @@ from diffusion_reference import (
     largest_symbol,
     length,
     operator,
-    random,
     step,
     used_stencil,
     without_reaction,
 )
+from draws import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

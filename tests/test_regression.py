@@ -7,14 +7,11 @@ import copy
 import numpy as np
 import pytest
 import torch
+from draws import random
 from torch import nn
 
 from lcc.ops import regression
 from lcc.ops.regression import Activations, error_of, estimate_norm_, regress_
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def numbered(count, *shape, first=0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from draws import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,10 +21,6 @@ from lcc.ops.spectral import (
 KERNELS = [(3, 3), (5, 5), (3, 5), (1, 3), (7, 7)]
 SIZES = [(6, 5), (5, 6), (8, 8), (7, 7), (2, 3), (1, 4), (5, 1), (2, 2), (1, 1)]
 HARD = [((3, 3), (8, 6)), ((3, 3), (7, 9)), ((5, 3), (9, 6)), ((5, 5), (4, 5)), ((3, 3), (12, 12))]
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def periodic(image, taps):

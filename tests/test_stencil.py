@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from draws import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,10 +13,6 @@ from lcc.ops.stencil import depthwise, depthwise_adjoint, gain, periodic_grid, s
 
 KERNELS = [(1, 1), (3, 3), (5, 5), (3, 5), (5, 3), (1, 3), (7, 1), (9, 7)]
 SIZES = [(6, 5), (1, 4), (2, 2), (1, 1)]
-
-
-def random(*shape, seed=0):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def shifted(image, rows, columns, *, periodic):
@@ -175,7 +172,7 @@ def test_the_gain_of_a_second_difference_is_sixty_four():
 
 @pytest.mark.parametrize("size", [3, 31, 33, 51])
 def test_between_the_grids_points_a_symbol_is_no_larger_than_the_slack_says(size):
-    stencil = torch.randn(2, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    stencil = random(2, size, size)
     true = torch.fft.rfft2(stencil, s=(2048, 2048)).abs().square().amax((1, 2))
     bound = gain(stencil) * slack(size, size)
     assert (true <= bound * (1 + 1e-9)).all()
