@@ -22,6 +22,8 @@ from lcc.report import ModelRow, Report
 from lcc.specs import kind_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lcc.data import Split
     from lcc.measure import Conditions
     from lcc.network import Network
@@ -91,13 +93,17 @@ def bench(parts: tuple[ModelPart, ...], settings: Settings, options: BenchOption
     if networks and not files and options.torch:
         results.append(_bench_torch(networks, options, settings))
     if options.onnx:
-        with tempfile.TemporaryDirectory() as folder:
-            exported = {
-                t: _exported(n, Path(folder) / f"{i}.onnx") for i, (t, n) in enumerate(networks.items())
-            }
-            ordered = {t: files.get(t) or exported[t] for t in (part.source for part in parts)}
-            results.append(_bench_onnx(ordered, options, settings))
+        ordered = {name: files.get(name) or exported(networks[name]) for name in names}
+        results.append(_bench_onnx(ordered, options, settings))
     return tuple(results)
+
+
+def exported(network: Network) -> bytes:
+    """Return a network as the ONNX file that `to_onnx` writes. Raises: as it does."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        to_onnx(network.loaded, path, network.plan)
+        return path.read_bytes()
 
 
 def bench_operators(sweep: SweepOptions, settings: Settings, options: BenchOptions) -> tuple[Sweep, ...]:
@@ -140,9 +146,8 @@ def timed_report(
         benches["torch"] = _bench_torch(keyed, options, settings)
     if options.onnx:
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                files = {key: _exported(n, Path(folder) / f"{key}.onnx") for key, n in keyed.items()}
-                benches["onnx"] = _bench_onnx(files, options, settings)
+            files = {key: exported(network) for key, network in keyed.items()}
+            benches["onnx"] = _bench_onnx(files, options, settings)
         except (CheckFailedError, RecipeError) as error:  # what else was found out is worth having
             notes = (f"not timed in ONNX Runtime: {error}",)
             options = replace(options, onnx=False)
@@ -217,7 +222,7 @@ def _bench_torch(networks: dict[str, Network], options: BenchOptions, settings: 
     )
 
 
-def _bench_onnx(files: dict[str, Path], options: BenchOptions, settings: Settings) -> Bench:
+def _bench_onnx(files: Mapping[str, Path | bytes], options: BenchOptions, settings: Settings) -> Bench:
     return bench_onnx(
         files,
         batch=options.batch,
@@ -225,8 +230,3 @@ def _bench_onnx(files: dict[str, Path], options: BenchOptions, settings: Setting
         device=settings.bench_device,
         rounds=options.rounds,
     )
-
-
-def _exported(network: Network, path: Path) -> Path:
-    to_onnx(network.loaded, path, network.plan)
-    return path

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +16,7 @@ import numpy as np
 from lcc import models, surgery
 from lcc.budget import floor
 from lcc.candidates import rules_of
-from lcc.export import to_onnx
+from lcc.comparison import exported
 from lcc.hashing import hash_of_weights
 from lcc.latency_table import Place, conditions_of, measure_latencies, missing, reasons
 from lcc.measure import Conditions, bench_onnx, bench_torch
@@ -197,7 +195,7 @@ class Clock:
     def _original(self) -> bytes:
         """Return the original as an ONNX file. Raises: CheckFailedError: it can't be one."""
         if self._original_file is None:
-            self._original_file = _file(self.network)
+            self._original_file = exported(self.network)
         return self._original_file
 
     def _timed(self, rules: tuple[Rule, ...]) -> Whole:
@@ -223,7 +221,7 @@ class Clock:
                 rounds=timing.rounds,
             )
         else:
-            converted = _file(self.network.but(loaded=replace(loaded, model=model)))
+            converted = exported(self.network.but(loaded=replace(loaded, model=model)))
             bench = bench_onnx(
                 {BEFORE: self._original(), AFTER: converted},
                 batch=timing.batch,
@@ -238,10 +236,3 @@ class Clock:
             noisy=any(latency.noisy for latency in bench.latencies.values()),
             conditions=bench.conditions,
         )
-
-
-def _file(network: Network) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.onnx"
-        to_onnx(network.loaded, path, network.plan)
-        return path.read_bytes()
