@@ -132,11 +132,14 @@ def open_parts(text: str, *, val_split: float = 0.0, seed: int = 0) -> tuple[Spl
     Raises: DataError: they are the same images, or their labels mean different things; as `open_split`.
     """
     train = open_train(text, val_split=val_split, seed=seed)
-    held_out = open_eval(text, val_split=val_split, seed=seed)
+    advice = "hold some images out: --val-split 0.1 (a recipe: finetune.val_split)"
+    try:
+        held_out = open_eval(text, val_split=val_split, seed=seed)
+    except _NoSuchPartError as error:
+        raise DataError(f"{error}; {advice}") from error
     if held_out.name == ALL:
         raise DataError(
-            f"{text}: has neither val/ nor test/, so it would be evaluated on what it is trained on; "
-            "hold some images out with val_split = 0.1"
+            f"{text}: has neither val/ nor test/, so it would be evaluated on what it is trained on; {advice}"
         )
     one, two = train.class_names, held_out.class_names
     if one is not None and two is not None and one != two:
@@ -152,7 +155,10 @@ def enough_images(text: str, count: int) -> Split:
     """Return the training part, without need of labels. Raises: DataError: fewer than `count` images."""
     split = _loose_images(text) or open_split(text, "train")
     if len(split) < count:
-        raise DataError(f"{text}: has {len(split)} training images, {count} were asked for")
+        raise DataError(
+            f"{text}: has {len(split)} training images, {count} were asked for; take fewer: --images "
+            f"{len(split)} (a recipe: calibrate.images)"
+        )
     return split
 
 

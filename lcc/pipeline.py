@@ -34,7 +34,7 @@ from lcc.tuning import train_network
 from lcc.written_files import check_file
 
 if TYPE_CHECKING:
-    from lcc.data import Preprocessing
+    from lcc.data import Preprocessing, Split
     from lcc.evaluation import Accuracy
     from lcc.methods import Method
     from lcc.plan import Plan, Rule, Site
@@ -196,9 +196,9 @@ def like(part: ModelPart, preprocessing: Preprocessing) -> ModelPart:
 def evaluate(part: ModelPart, text: str, settings: Settings, *, batch_size: int = EVAL_BATCH) -> Accuracy:
     """Return the accuracy of a network, or an ONNX file, on val/, else test/, of a data set."""
     if part.source.endswith(".onnx"):
-        return accuracy_of_file(part, data.open_eval(text), settings, batch_size=batch_size)
+        return accuracy_of_file(part, _judges(text, settings), settings, batch_size=batch_size)
     network = settings.open(part)
-    return measured_accuracy(network, data.open_eval(text), settings, batch_size=batch_size)
+    return measured_accuracy(network, _judges(text, settings), settings, batch_size=batch_size)
 
 
 def export(
@@ -238,7 +238,7 @@ def report(
     if original is not None:
         same = like(original, networks[0].loaded.preprocessing)
         networks.insert(0, settings.open(same, name="original"))
-    split = None if text is None else data.open_eval(text)
+    split = None if text is None else _judges(text, settings)
     rows = []
     for network in networks:
         if split is None:
@@ -275,6 +275,16 @@ def exported_lines(exported: Exported) -> tuple[str, ...]:
     if approximated:
         line += f", and that from the exact network by {exported.lowering_error:.0e}"
     return (line, *(f"{site}: {how}" for site, how in exported.lowered.items()))
+
+
+def _judges(text: str, settings: Settings) -> Split:
+    """Return the images that accuracy is measured on; says where they may be those trained on."""
+    split = data.open_eval(text)
+    if split.name == data.ALL:
+        settings.say(
+            f"note: {text} has neither val/ nor test/: all of its images count, with any that were trained on"
+        )
+    return split
 
 
 def _inspection(

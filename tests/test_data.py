@@ -233,5 +233,5 @@ def test_a_damaged_image_is_named_by_its_path(tmp_path, damage):
 
 
 def test_too_few_images_to_calibrate_on_is_said(tmp_path):
-    with pytest.raises(DataError, match="48 training images, 100 were asked for"):
+    with pytest.raises(DataError, match=r"48 training images, 100 were asked for; take fewer: --images 48 "):
         data.images(idx_data(tmp_path), Form(), 100)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from command_line import one_line
 from onnx_graphs import make, serialised
-from small_data import Form, idx_data
+from small_data import Form, idx_data, image_folder
 
 from lcc import pipeline
 from lcc.errors import DataError, RecipeError, SourceError
@@ -144,6 +144,17 @@ def test_an_exported_file_is_as_accurate_as_its_network(lcc_run, tmp_path, half)
     )
     assert of_file == pytest.approx(of_network, abs=5 if half else 0)
     assert of_file["top1"] > 30
+
+
+def test_images_that_may_have_been_trained_on_are_told_of(tmp_path):
+    said, text = [], image_folder(tmp_path / "data", {"": {"a": 2, "b": 2, "c": 2}})
+    assert evaluated(nearest(tmp_path / "net.onnx"), text, said=said).images == 6
+    assert said == [
+        f"note: {text} has neither val/ nor test/: all of its images count, with any that were trained on"
+    ]
+    other = image_folder(tmp_path / "parts", {"val": {"a": 2, "b": 2, "c": 2}})
+    evaluated(nearest(tmp_path / "net.onnx"), other, said=said)
+    assert len(said) == 1
 
 
 def test_a_file_that_is_not_there_is_one_line(lcc_run, data):

@@ -180,9 +180,12 @@ def test_a_teacher_of_other_classes_is_named(data, tmp_path):
 
 def test_images_that_are_trained_on_evaluate_nothing(tmp_path):
     text = image_folder(tmp_path, {"": {"a": 8, "b": 8, "c": 8}})
-    with pytest.raises(DataError, match=r"evaluated on what it is trained on; hold .* val_split = 0\.1"):
+    with pytest.raises(DataError, match=r"evaluated on what it is trained on; hold .* --val-split 0\.1 \("):
         run(text)
     assert run(text, val_split=0.25, epochs=1).accuracy.images == 6
+    trained = image_folder(tmp_path / "split", {"train": {"a": 8, "b": 8, "c": 8}})
+    with pytest.raises(DataError, match=r"has no folder test/; hold some images out: --val-split 0\.1 \("):
+        run(trained)
 
 
 def test_a_policy_that_timm_does_not_know_is_named(data):
