@@ -47,7 +47,8 @@ def decided(
 ) -> tuple[Rule, ...]:
     """Return the rules as given, or those that a planner makes for an lcc directory, or made before.
 
-    Raises: RecipeError: a budget without images; what `plan_within` raises.
+    Raises: RecipeError: a budget without images, or `resume` with a plan that was made for something else;
+    ArtifactError: a file that is no plan where it is kept; what `plan_within` raises.
     """
     if isinstance(decision, tuple):
         return decision
@@ -59,17 +60,20 @@ def decided(
         raise ArtifactError(
             f"{path} is no plan of this lcc and would be overwritten; move it, or choose another -o"
         )
-    planned = None
-    if resume and before is not None and before.made_for == made_for:
-        planned = Planned(before.rules, before.report)
-    if planned is None:
+    if not resume or before is None:
         planned = plan_within(original, decision, calibration, settings)
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _Kept(made_for=made_for, rules=planned.rules, report=planned.report)
         with written_at_once(path) as file:
             file.write_text(kept.model_dump_json(), encoding="utf-8")
         save(planned, save_plan, settings)
+    elif before.made_for != made_for:
+        raise RecipeError(
+            f"can't resume: {path} is a plan for other weights, images or options; give what the run was "
+            "begun with, or leave out --resume"
+        )
     else:
+        planned = Planned(before.rules, before.report)
         settings.say(f"going on with the plan in {path}")
         if save_plan is not None and save_plan.exists():
             settings.say(f"left {save_plan} as it is")

@@ -126,5 +126,6 @@ def check_classes(logits: object, labels: Tensor, split: Split, *, called: str =
         classes = outputs if int(labels.max()) < outputs else int(labels.max()) + 1
     if outputs != classes and (split.class_names is not None or outputs < classes):
         raise DataError(
-            f"{split.text}: has {classes} classes, {called} {outputs}; give one of {classes} (--num-classes)"
+            f"{split.text}: has {classes} classes, {called} {outputs}; give one of {classes}, or, to "
+            f"train it, --num-classes {classes}"
         )

@@ -18,7 +18,7 @@ from lcc.comparison import (
     timed_report,
 )
 from lcc.conversion import convert_network, planned
-from lcc.directory import WEIGHTS, checkpoints_of, fits_of
+from lcc.directory import WEIGHTS, checkpoints_of, fits_of, plan_of
 from lcc.errors import RecipeError
 from lcc.export import Exported, to_onnx
 from lcc.hashing import hash_of_weights
@@ -97,7 +97,8 @@ def convert(
     without images; ArtifactError: the target.
     """
     artifact.check_target(directory, force=settings.force)
-    decision.check(save_plan, force=settings.force or resume, directory=directory)
+    going_on = resume and plan_of(directory).exists()  # and `save_plan` may be its plan, or that edited
+    decision.check(save_plan, force=settings.force or going_on, directory=directory)
     fits = fits_of(directory)
     if not resume:
         fit_store.refuse_leftovers(fits)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -31,9 +32,9 @@ from lcc.sensitivity import refuse_no_classes
 from lcc.whole_latency import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from lcc.budget import Costs, Option, Target
+    from lcc.budget import Costs, Option, Quantity, Target
     from lcc.error_table import ErrorTable
     from lcc.methods import Method
     from lcc.network import Network
@@ -82,15 +83,14 @@ def tables_for(
     refuse_idle_patterns(sites, tuple(Rule(match=globs) for globs in (budget.include, budget.exclude)))
     options = options_for(sites, methods, include=budget.include, exclude=budget.exclude)
     options = _reached(original, sites, options, settings)
+    idle = partial(obstacles, sites, methods, include=budget.include, exclude=budget.exclude)
     met = {target.quantity for target in counted if now[target.quantity] <= target.of(now)}
+    stated = any(target.quantity == "latency" and target.limit is not None for target in targets)
     for quantity in quantities:
-        if quantity == "latency" and len(met) < len(counted):
+        if quantity == "latency" and (stated or len(met) < len(counted)):
             continue  # it may be met as it is, while another target is not
-        if quantity not in met and not worthwhile(options, ["macs" if quantity == "latency" else quantity]):
-            raise InfeasibleError(
-                f"satisfiable: no; the floor is 100% of the {quantity}: "
-                f"{obstacles(sites, methods, include=budget.include, exclude=budget.exclude)}"
-            )
+        if quantity not in met:
+            _refuse_none(options, quantity, idle)
     check(options, now, counted)
     with torch.no_grad():
         refuse_no_classes(original.loaded.model(original.example))
@@ -98,17 +98,32 @@ def tables_for(
         settings.check_bench_device()
         data.enough_images(calibration.data, calibration.images)
         clock = _clock(original, sites, budget, settings)
+        if stated:
+            _refuse_kept({**now, "latency": clock.time_original()}, targets)
+        if len(met) == len(counted):
+            _refuse_none(options, "latency", idle)
         options = _priced(clock, options, now, targets, settings)
         now = {**now, "latency": clock.now_ms}
-    if targets and all(now[target.quantity] <= target.of(now) for target in targets):
-        reached = ", ".join(amount(target.quantity, now[target.quantity]) for target in targets)
-        raise NothingToConvertError(f"nothing to convert: the network has its targets already ({reached})")
+    _refuse_kept(now, targets)
     options = worthwhile(options, quantities)
     pick_device(settings.device, doubles=True)  # errors that are kept need none
     starts = Starts(original, _grouped(original, sites, methods))
     errors = with_errors(starts, sites, options, calibration, settings)
     found = errors.options if budget.keep == "outputs" else _by_capacity(errors.options, now)
     return Tables(starts, sites, now, found, errors, clock, uncounted)
+
+
+def _refuse_none(options: Sequence[Option], quantity: Quantity, idle: Callable[[], str]) -> None:
+    """Raise InfeasibleError if nothing saves any of a quantity; `idle` says why."""
+    if not worthwhile(options, ["macs" if quantity == "latency" else quantity]):
+        raise InfeasibleError(f"satisfiable: no; the floor is 100% of the {quantity}: {idle()}")
+
+
+def _refuse_kept(now: Costs, targets: Sequence[Target]) -> None:
+    """Raise NothingToConvertError if the network has all its targets already."""
+    if targets and all(now[target.quantity] <= target.of(now) for target in targets):
+        reached = ", ".join(amount(target.quantity, now[target.quantity]) for target in targets)
+        raise NothingToConvertError(f"nothing to convert: the network has its targets already ({reached})")
 
 
 def _reached(

@@ -73,6 +73,13 @@ class Clock:
         self._known = {whole.rules: whole for whole in reversed(self._store.read())}  # the first of several
         self._original_file: bytes | None = None
 
+    def time_original(self) -> float:
+        """Return how long the network takes as it is, in ms, kept from the first time on."""
+        whole = self._whole(())
+        self.now_ms, self.conditions = whole.before_ms, str(whole.conditions)
+        self.noisy = self.noisy or whole.noisy
+        return self.now_ms
+
     def price(self, options: Sequence[Option], say: Callable[[str], None]) -> list[Option]:
         """Return the options that are not slower than what they replace, with the time that each saves alone.
 
@@ -95,7 +102,10 @@ class Clock:
                 untimed.setdefault(str(method or "dense"), []).append(f"{place}: {reason}")
         for name, where in untimed.items():
             more = f" (and at {len(where) - 1} more places)" if len(where) > 1 else ""
-            say(f"note: {name} can't be timed and is left out at {where[0]}{more}")
+            say(
+                f"note: {name} can't be timed and is left out at {where[0]}{more}; that is kept: to try "
+                f"again, remove {cache_folder()}"
+            )
         priced = []
         for option in options:
             saved = self._saved_ms(option)

@@ -11,7 +11,7 @@ from lcc import recipe_file as recipes
 from lcc.comparison import EVAL_BATCH, BenchOptions, measured_accuracy, on_data, timed_report
 from lcc.conversion import convert_network
 from lcc.directory import MANIFEST, checkpoints_of, fits_of
-from lcc.errors import ArtifactError, CheckFailedError
+from lcc.errors import ArtifactError, CheckFailedError, LccError
 from lcc.export import to_onnx
 from lcc.hashing import hash_of_weights
 from lcc.pipeline import exported_lines, onnx_beside, open_first, saved
@@ -32,9 +32,9 @@ DEMO = Path(__file__).parent / "demo"
 
 
 class NotExportedError(CheckFailedError):
-    """All was done but the export, whose check failed; `report` is what the run would have given."""
+    """All was done but the export; `report` is what the run would have given."""
 
-    def __init__(self, error: CheckFailedError, report: Report) -> None:
+    def __init__(self, error: LccError, report: Report) -> None:
         super().__init__(str(error))
         self.report = report
 
@@ -52,8 +52,10 @@ def run(
     """Do all that a recipe says, in order, and report every stage; `text` is the recipe as given.
 
     The result is the lcc directory, and DIR.onnx where the recipe exports.
-    Raises: what the stages raise; NotExportedError, at the end: the export failed its check.
+    Raises: what the stages raise; NotExportedError, at the end: the export failed.
     """
+    if options is not None:
+        settings.check_bench_device()
     if resume and not settings.force and (directory / MANIFEST).exists():
         raise ArtifactError(
             f"{directory} is finished, and there is nothing to resume; --force would do it all again"
@@ -176,13 +178,13 @@ def _discard_leftovers(recipe: Recipe, directory: Path) -> None:
 
 def _exported(
     network: Network, chosen: Export | None, directory: Path
-) -> tuple[tuple[str, ...], CheckFailedError | None]:
-    """Export where a recipe says so; return notes on it, and what its check found wrong."""
+) -> tuple[tuple[str, ...], LccError | None]:
+    """Export where a recipe says so; return notes on it, and what went wrong: no reason to lose a report."""
     if chosen is None:
         return (), None
     try:
         made = to_onnx(network.loaded, onnx_beside(directory), network.plan, **chosen.model_dump())
-    except CheckFailedError as error:
+    except LccError as error:
         return (f"not exported: {error}",), error
     return exported_lines(made), None
 

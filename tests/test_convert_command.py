@@ -92,10 +92,13 @@ def test_a_device_that_is_not_there_is_refused_whatever_is_kept(lcc_run, within)
     assert (code, "device 'foo' can't be used" in one_line(err)) == (2, True)
 
 
-def test_a_plan_of_the_run_that_is_gone_on_with_is_written_again(lcc_run, within, tmp_path):
-    (tmp_path / "plan.toml").write_text("of the run before")
+def test_resume_replaces_no_plan_that_may_have_been_edited(lcc_run, within, tmp_path):
+    (tmp_path / "plan.toml").write_text("mine")
     more = ("--save-plan", tmp_path / "plan.toml", "-o", tmp_path / "out", "--resume")
     code, _, err = lcc_run(*within, *more)
+    assert (code, "--force" in one_line(err)) == (2, True)
+    assert (tmp_path / "plan.toml").read_text() == "mine"
+    code, _, err = lcc_run(*within, *more, "--force")
     assert code == 0, err
     assert "predicted error" in (tmp_path / "plan.toml").read_text()
 

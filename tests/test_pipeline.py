@@ -206,17 +206,23 @@ def test_what_is_converted_further_is_not_called_the_original(tmp_path):
     assert [row.name for row in report.models] == ["before", "more"]
 
 
+def test_a_device_on_which_no_latency_is_measured_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(decision, "decided", lambda *_, **__: pytest.fail("worked"))
+    recipe, settings = Recipe(lcc=1, model=NET, convert=RULES), replace(SETTINGS, device="cuda:1")
+    with pytest.raises(RecipeError, match="--device cuda:1: latency is measured on cpu or cuda"):
+        whole_run.run(recipe, "", tmp_path / "out", settings, options=BenchOptions())
+
+
 def test_a_run_exports_into_a_folder_that_is_not_there_yet(tmp_path):
     report = run(tmp_path / "new" / "out", model=NET, convert=RULES, export=Export())
     assert (tmp_path / "new" / "out.onnx").is_file()
     assert "checked in ONNX Runtime" in report.notes[-1]
 
 
-def test_a_run_whose_export_fails_its_check_still_reports_and_keeps_the_network(
-    tmp_path, lcc_run, monkeypatch
-):
+@pytest.mark.parametrize("kind", [CheckFailedError, RecipeError, ArtifactError])
+def test_a_run_whose_export_fails_still_reports_and_keeps_the_network(tmp_path, lcc_run, monkeypatch, kind):
     def failing(*_, **__):
-        raise CheckFailedError("differs too much")
+        raise kind("differs too much")
 
     monkeypatch.setattr(whole_run, "to_onnx", failing)
     (tmp_path / "recipe.toml").write_text(

@@ -75,7 +75,7 @@ class Machine:
             if site.name in methods
             for size in site.sizes
         )
-        after = NOW_MS - self.together(saved)
+        after = NOW_MS - (self.together(saved) if rules else 0.0)
         return Whole(
             rules=rules,
             before_ms=NOW_MS * self.drift ** (len(self.timed) - 1),
@@ -192,7 +192,7 @@ def test_a_network_that_conversion_makes_slower_is_refused(data, machine):
         RecipeError,
         match=r"the floor is 100\.0% of the latency .* of all that is faster alone takes 10\.\d+ ms",
     ):
-        planned(data, "latency=9ms")
+        planned(data, "latency=90%")
     assert len(machine.timed) == 1
 
 
@@ -229,6 +229,13 @@ def test_a_last_resort_that_is_too_slow_is_refused(data, machine):
         InfeasibleError, match=r"the fastest network found takes 9\.\d+ ms a run, measured, of"
     ):
         after_a_miss(machine, data, 0.02, lambda _: None)
+
+
+def test_the_fastest_that_is_named_may_be_one_that_was_tried_before(data, machine):
+    """Whatever is cheapest by its layers may turn out the slowest."""
+    with pytest.raises(InfeasibleError, match="the fastest network found takes ") as by_trial:
+        after_a_miss(machine, data, -0.5, lambda _: None)
+    assert "takes 10" not in str(by_trial.value)
 
 
 def test_the_fastest_that_loses_little_is_measured(data, machine, monkeypatch):
@@ -270,7 +277,7 @@ def test_what_cannot_be_exported_is_refused_before_operators_are_timed(data, mon
     def no_file(*_):
         raise CheckFailedError("no such operator")
 
-    monkeypatch.setattr(whole_latency, "_file", no_file)
+    monkeypatch.setattr(whole_latency, "exported", no_file)
     monkeypatch.setattr(whole_latency, "measure_latencies", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(CheckFailedError, match="no such operator"):
         planned(data, "latency=9ms")
@@ -322,9 +329,20 @@ def test_a_latency_that_is_missed_by_what_timing_cannot_tell_is_not_refused(data
     assert report.then["latency"] == pytest.approx(fastest)
 
 
-def test_a_latency_that_is_there_already_is_nothing_to_convert(data, machine):
+@pytest.mark.parametrize("methods", [("circulant",), ("linear_mix:group_size=32",), ()])
+def test_a_latency_that_is_there_already_is_told_before_operators_are_timed(
+    data, machine, monkeypatch, methods
+):
+    monkeypatch.setattr(whole_latency, "measure_latencies", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(NothingToConvertError, match="10 ms a run"):
-        planned(data, "latency=11ms")
+        planned(data, "latency=11ms", methods=methods)
+    assert machine.timed == [()]
+
+
+def test_a_latency_that_is_not_there_and_that_no_method_lowers_is_refused_with_the_reason(data, machine):
+    with pytest.raises(InfeasibleError, match=r"floor is 100% of the latency: no method takes any of its"):
+        planned(data, "latency=9ms", methods=("linear_mix:group_size=32",))
+    assert machine.timed == [()]
 
 
 def test_counted_targets_that_cannot_be_reached_are_refused_before_anything_is_timed(data, machine):
@@ -362,7 +380,8 @@ def test_what_cannot_be_timed_is_said_with_its_place(data, machine, monkeypatch)
     said = []
     planned(data, "latency=9ms", settings=replace(SETTINGS, say=said.append))
     (note,) = [text for text in said if "can't be timed" in text]
-    assert note == f"note: {SLOW} can't be timed and is left out at {place}: too wide"
+    again = f"that is kept: to try again, remove {whole_latency.cache_folder()}"
+    assert note == f"note: {SLOW} can't be timed and is left out at {place}: too wide; {again}"
     said.clear()
     planned(data, "latency=9ms", methods=("linear_mix",), settings=replace(SETTINGS, say=said.append))
     assert not [text for text in said if "can't be timed" in text]

@@ -68,18 +68,20 @@ def test_a_plan_is_kept_for_what_it_was_made_for_alone(tmp_path, data, monkeypat
     assert file.read_text() == "edited"
     file.unlink()
     assert decided() == rules == recipes.rules_from(file)
+    with pytest.raises(ZeroDivisionError):
+        decided(resume=False)
     for change in (
-        {"resume": False},
         {"targets": ("macs=71%",)},
         {"images": calibration.model_copy(update={"images": 15})},
         {"original": network(seed=1)},
     ):
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(RecipeError, match=r"can't resume: .*out\.plan\.json is a plan for other weights"):
             decided(**change)
     image_size = Preprocessing(image_size=(9, 9), crop_pct=1.0)
     loaded = replace(network().loaded, preprocessing=image_size)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(RecipeError, match="can't resume"):
         decided(original=network().but(loaded=loaded))
+    assert decided() == rules
 
 
 def test_a_file_of_the_users_is_neither_overwritten_nor_removed(tmp_path, data, monkeypatch):
