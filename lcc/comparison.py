@@ -64,10 +64,16 @@ def known_accuracy(network: Network) -> tuple[Accuracy | None, str | None]:
 
 
 def measured_accuracy(
-    network: Network, split: Split, settings: Settings, *, batch_size: int = EVAL_BATCH
+    network: Network,
+    split: Split,
+    settings: Settings,
+    *,
+    batch_size: int = EVAL_BATCH,
+    workers: int | None = None,
 ) -> Accuracy:
     """Return the accuracy of a network on some images."""
-    batches = eval_batches(split, network.loaded.preprocessing, batch_size=batch_size)
+    form = network.loaded.preprocessing
+    batches = eval_batches(split, form, batch_size=batch_size, workers=workers)
     return evaluate(network.loaded.model, batches, device=settings.device, shown=None)
 
 

@@ -78,6 +78,11 @@ class FvcoreCount(Frozen):
     unsupported: dict[str, int]
 
 
+def count_bytes(model: nn.Module) -> int:
+    """Return the bytes of a network's parameters and buffers, shared ones once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
+
+
 def count_params(model: nn.Module) -> int:
     """Return how many parameters there are, each shared tensor once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lcc import progress
-from lcc.errors import DataError, RecipeError
+from lcc.errors import DataError, LccError, RecipeError, cannot_run
 from lcc.specs import Frozen
 from lcc.two_streams import device_of
 
@@ -82,7 +82,8 @@ def evaluate(
     """Return the accuracy of a classifier; its mode and device are as before afterwards.
 
     `shown`: a progress bar on stderr; None: only on a terminal.
-    Raises: DataError: a damaged image, another number of classes than the model's; RecipeError: the device.
+    Raises: DataError: a damaged image, another number of classes than the model's; RecipeError: the device,
+    or its memory; SourceError: a network that can't run on images of this size.
     """
     with placed(model, pick_device(device)):
         return accuracy_on(model, batches, shown=shown)
@@ -90,13 +91,13 @@ def evaluate(
 
 @torch.no_grad()
 def accuracy_on(model: nn.Module, batches: Batches, *, shown: bool | None = False) -> Accuracy:
-    """Return the accuracy of a classifier on the device where it is; its mode is as before afterwards."""
+    """Return the accuracy of a classifier on the device where it is. Raises: as `evaluate`."""
     device = device_of(model)
     hits = torch.zeros(2, dtype=torch.int64, device=device)
     images, classes = 0, 0
     with mode(model, training=False), progress.bar("evaluate", len(batches), shown=shown) as tick:
         for done, (x, y) in enumerate(batches.on(device), 1):
-            logits = model(x)
+            logits = _answer(model, x)
             check_classes(logits, y, batches.split)
             images, classes = images + len(x), logits.shape[1]
             guesses = logits.topk(min(5, classes), dim=1).indices == y[:, None]
@@ -108,12 +109,32 @@ def accuracy_on(model: nn.Module, batches: Batches, *, shown: bool | None = Fals
 
 @torch.no_grad()
 def count_outputs(model: nn.Module, batches: Batches, *, called: str = "the model") -> int:
-    """Return how many classes a model tells apart. Raises: DataError: not those of the data."""
+    """Return how many classes a model tells apart. Raises: as `evaluate`."""
     size = batches.preprocessing.image_size
     with mode(model, training=False):
-        logits = model(torch.zeros(1, len(batches.preprocessing.mean), *size, device=device_of(model)))
+        logits = _answer(
+            model, torch.zeros(1, len(batches.preprocessing.mean), *size, device=device_of(model))
+        )
     check_classes(logits, torch.zeros(1), batches.split, called=called)
     return int(logits.shape[1])
+
+
+def _answer(model: nn.Module, x: Tensor) -> Any:
+    try:
+        return model(x)
+    except LccError:
+        raise
+    except Exception as error:  # other people's networks raise anything
+        if is_out_of_memory(error):
+            raise RecipeError(
+                f"out of memory with {len(x)} images at once; take fewer: --batch-size {max(1, len(x) // 4)}"
+            ) from error
+        raise cannot_run((1, *x.shape[1:]), error) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch says that a device, or the CPU, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def check_classes(logits: object, labels: Tensor, split: Split, *, called: str = "the model") -> None:
@@ -126,6 +147,6 @@ def check_classes(logits: object, labels: Tensor, split: Split, *, called: str =
         classes = outputs if int(labels.max()) < outputs else int(labels.max()) + 1
     if outputs != classes and (split.class_names is not None or outputs < classes):
         raise DataError(
-            f"{split.text}: has {classes} classes, {called} {outputs}; give one of {classes}, or, to "
-            f"train it, --num-classes {classes}"
+            f"{split.text}: has {classes} classes, {called} {outputs}; give data of {outputs}, or a network "
+            f"that is loaded with --num-classes {classes}"
         )

@@ -64,7 +64,7 @@ class FitStore:
         tensors = {name: tensor.contiguous() for name, tensor in operator.state_dict().items()}
         try:
             save_file(tensors, part, metadata={"fit": fit.model_dump_json()})
-            with part.open("rb") as file:
+            with part.open("r+b") as file:
                 os.fsync(file.fileno())
             part.replace(path)
         except (OSError, SafetensorError) as error:

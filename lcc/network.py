@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lcc import artifact, models
-from lcc.counts import count_macs, count_norm_params, count_params
+from lcc.counts import count_bytes, count_macs, count_norm_params, count_params
 from lcc.directory import WEIGHTS
 from lcc.errors import SourceError
 from lcc.methods import LowCostOp
@@ -35,7 +35,7 @@ DONE = {"convert": "converted", "train": "fine-tuned"}
 class Network:
     """What is known of a network; `plan` is empty where nothing was converted.
 
-    `size_bytes` is that of its weights' file, None where it has none of its own.
+    `size_bytes` is that of its weights' file, without what else that holds; None where it has no file.
     """
 
     name: str
@@ -123,7 +123,8 @@ def open_network(
     if path.is_dir():
         return _open_directory(part, path, trust_code=trust_code, name=name)
     loaded = models.load(**part.model_dump(), trust_pickle=trust_pickle)
-    size = path.stat().st_size if path.is_file() else None
+    # a checkpoint may hold an optimiser's state, too
+    size = min(path.stat().st_size, count_bytes(loaded.model)) if path.is_file() else None
     return Network(name=name or _short(part.source), loaded=loaded, size_bytes=size)
 
 

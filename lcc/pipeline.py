@@ -27,14 +27,14 @@ from lcc.lowering import TOLERANCE as LOWERING_TOLERANCE
 from lcc.network import Network, original_of, sites_of
 from lcc.onnx_accuracy import accuracy_of_file
 from lcc.planning import plan_within
-from lcc.recipe import PREPARATION, Budget, Calibrate, Finetune, ModelPart
+from lcc.recipe import Budget, Calibrate, Finetune, ModelPart
 from lcc.specs import Cost
-from lcc.teachers import original_teacher
+from lcc.teachers import like, original_teacher
 from lcc.tuning import train_network
 from lcc.written_files import check_file
 
 if TYPE_CHECKING:
-    from lcc.data import Preprocessing, Split
+    from lcc.data import Split
     from lcc.evaluation import Accuracy
     from lcc.methods import Method
     from lcc.plan import Plan, Rule, Site
@@ -138,11 +138,17 @@ def finetune(
     artifact.check_target(directory, force=settings.force)
     network = settings.open(part)
     before = original_of(network, trust_code=settings.trust_code) if network.plan.groups else None
-    master = settings.open(teacher) if teacher is not None else None
+    master = None
+    if teacher is not None:
+        master = settings.open(like(teacher, network.loaded.preprocessing, ("image_size",)))
     if master is None and network.plan.groups and (options.distill > 0 or options.features > 0):
         master = original_teacher(network, settings)
     _, split = data.open_parts(options.data, val_split=options.val_split, seed=options.seed)
-    start = None if network.is_random else measured_accuracy(network, split, settings)
+    start = None
+    if not network.is_random:
+        start = measured_accuracy(
+            network, split, settings, batch_size=2 * options.batch_size, workers=workers
+        )
     if start is not None:
         settings.say(f"before fine-tuning: {start}")
     trained, result = train_network(
@@ -184,14 +190,6 @@ def teacher_part(teacher: str, student: ModelPart) -> ModelPart:
     return student.model_copy(
         update={"source": teacher, "arch": student.arch or student.source, "weights": None}
     )
-
-
-def like(part: ModelPart, preprocessing: Preprocessing) -> ModelPart:
-    """Return a source that wants its images as another network does, unless it says itself how."""
-    if Path(part.source).is_dir():
-        return part
-    given = {name: getattr(preprocessing, name) for name in PREPARATION if getattr(part, name) is None}
-    return part.model_copy(update=given)
 
 
 def evaluate(part: ModelPart, text: str, settings: Settings, *, batch_size: int = EVAL_BATCH) -> Accuracy:

@@ -18,7 +18,7 @@ from lcc.banks import refuse_unsettled
 from lcc.budget import amount, check, eased, floor
 from lcc.candidates import obstacles, options_for, rules_of, worthwhile
 from lcc.conversion import tried
-from lcc.counts import count_macs, count_params
+from lcc.counts import count_bytes, count_macs, count_params
 from lcc.error_table import Starts, with_errors
 from lcc.errors import InfeasibleError, NothingToConvertError
 from lcc.evaluation import pick_device
@@ -247,8 +247,7 @@ def _methods(budget: Budget) -> list[Method | type[Method]]:
 def _costs(network: Network) -> tuple[Costs, tuple[str, ...]]:
     """Return what a network costs now, and what of it is not counted; weights in bytes, buffers included."""
     model, count = network.loaded.model, count_macs(network.loaded.model, network.example)
-    stored = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
-    costs: Costs = {"params": count_params(model), "macs": count.macs, "size": sum(stored.values())}
+    costs: Costs = {"params": count_params(model), "macs": count.macs, "size": count_bytes(model)}
     return costs, count.missing
 
 

@@ -175,9 +175,11 @@ def _follow_(average: nn.Module, model: nn.Module, decay: float) -> None:
 def precision_on(device: torch.device, wanted: str) -> str:
     """Return the precision to compute in where `wanted` is asked for.
 
-    "no", which is float32, for bfloat16 on a CPU that emulates it: that takes ten times as long as float32.
+    "no", which is float32, on CPUs for float16, and for bfloat16 where that is emulated: that takes ten
+    times as long as float32.
     """
-    return "no" if wanted == "bf16" and device.type == "cpu" and not cpu_has_bfloat16() else wanted
+    on_cpu = device.type == "cpu"
+    return "no" if on_cpu and (wanted == "fp16" or (wanted == "bf16" and not cpu_has_bfloat16())) else wanted
 
 
 def cpu_has_bfloat16() -> bool:
@@ -257,6 +259,7 @@ def _seed_everything(seed: int, step: int, device: torch.device) -> None:
     np.random.seed(bits & 0xFFFFFFFF)  # noqa: NPY002 (timm's mixup draws from it)
     torch.default_generator.manual_seed(bits)
     if device.type == "cuda":
-        torch.cuda.manual_seed(bits)
+        with torch.cuda.device(device):  # it may not be the current one
+            torch.cuda.manual_seed(bits)
     elif device.type == "mps":
         torch.mps.manual_seed(bits)

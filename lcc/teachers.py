@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +13,10 @@ from lcc.errors import RecipeError
 from lcc.inner_channels import inner_pairs, reorder_
 from lcc.network import sites_of
 from lcc.plan import chained
-from lcc.recipe import ModelPart
+from lcc.recipe import PREPARATION, ModelPart
 
 if TYPE_CHECKING:
+    from lcc.data import Preprocessing
     from lcc.network import Network
     from lcc.settings import Settings
 
@@ -42,7 +44,16 @@ def original_teacher(network: Network, settings: Settings) -> Network:
             f"distillation learns from the original network: give its weights again, --teacher {file}, "
             "or pass --set distill=0"
         )
-    return settings.open(ModelPart(source=source.id, num_classes=source.num_classes), name="original")
+    part = like(ModelPart(source=source.id, num_classes=source.num_classes), network.loaded.preprocessing)
+    return settings.open(part, name="original")
+
+
+def like(part: ModelPart, preprocessing: Preprocessing, names: tuple[str, ...] = PREPARATION) -> ModelPart:
+    """Return a source that wants its images as another network does, in what it does not say itself."""
+    if Path(part.source).is_dir():
+        return part
+    given = {name: getattr(preprocessing, name) for name in names if getattr(part, name) is None}
+    return part.model_copy(update=given)
 
 
 def in_order_of(teacher: Network, student: Network) -> Network:

@@ -23,7 +23,15 @@ from lcc.augment import seeded
 from lcc.batches import eval_batches, train_batches
 from lcc.data import open_parts
 from lcc.errors import InterruptedRunError, TrainingError
-from lcc.evaluation import Accuracy, accuracy_on, count_outputs, mode, pick_device, placed
+from lcc.evaluation import (
+    Accuracy,
+    accuracy_on,
+    count_outputs,
+    is_out_of_memory,
+    mode,
+    pick_device,
+    placed,
+)
 from lcc.features import check_sites
 from lcc.hashing import hash_of_weights, short_hash
 from lcc.interrupts import signals
@@ -39,6 +47,7 @@ if TYPE_CHECKING:
 
     from lcc.batches import Batches
     from lcc.data import Preprocessing
+    from lcc.interrupts import Stop
     from lcc.recipe import Finetune
 
 TEACHER_IMAGES = 2000
@@ -124,7 +133,9 @@ def finetune(
         evaluation = eval_batches(held_out, preprocessing, batch_size=2 * options.batch_size, workers=workers)
         run = _Run(model, stream, evaluation, options, say, sites, origin)
         if run.precision != options.precision:
-            say("note: this CPU would emulate bf16, which is slow: training in float32 instead")
+            is_half = options.precision == "fp16"
+            why = "fp16 is for GPUs" if is_half else "this CPU would emulate bf16, which is slow"
+            say(f"note: {why}: training in float32 instead")
         if expert is teacher:
             run.learn_from(teacher, teacher_preprocessing or preprocessing)
         if start is not None:
@@ -169,19 +180,19 @@ class _Run:
 
     def learn_from(self, teacher: nn.Module, own: Preprocessing) -> None:
         """Distil from `teacher`, and say how good it is on this data."""
+        expert = Teacher.make(teacher, own, self.stream.preprocessing, self.device)
         outputs = count_outputs(teacher, self.stream, called="the teacher")
         if outputs != self.stepper.classes:
             raise TrainingError(
                 f"the teacher tells {outputs} classes apart, the model {self.stepper.classes}; "
                 "name a teacher of as many, or set distill = 0"
             )
-        self.stepper.teacher = Teacher.make(teacher, own, self.stream.preprocessing, self.device)
+        self.stepper.teacher = expert
         self.teacher_hash = hash_of_weights(teacher)
         split = self.evaluation.split
-        chosen = np.random.default_rng(0).permutation(len(split))[:TEACHER_IMAGES]
-        self.teacher = accuracy_on(
-            teacher, eval_batches(split.subset(np.sort(chosen), split.name), own, workers=0)
-        )
+        chosen = np.sort(np.random.default_rng(0).permutation(len(split))[:TEACHER_IMAGES])
+        some, size = split.subset(chosen, split.name), 2 * self.options.batch_size
+        self.teacher = accuracy_on(teacher, eval_batches(some, own, batch_size=size, workers=0))
         self.say(f"teacher: {self.teacher} on {self.teacher.images:,} images of {split.name}")
         if self.teacher.top1 < (100 + 100 / self.stepper.classes) / 2:
             self.say(
@@ -223,6 +234,7 @@ class _Run:
             signals() as stop,
             mode(self.stepper.model, training=True),
             progress.bar("fine-tune", self.steps, start=self.step, shown=shown) as tick,
+            self._loaders_may_stop_first(stop, directory),
         ):
             self._start_clock()
             if self._epoch_is_over():
@@ -239,6 +251,17 @@ class _Run:
                     self._end_epoch()
             if stop.requested:  # while the last epoch was evaluated
                 raise InterruptedRunError(self._where_it_stopped(directory))
+
+    @contextmanager
+    def _loaders_may_stop_first(self, stop: Stop, directory: Path | None) -> Iterator[None]:
+        """Stop after a checkpoint, too, where a signal ended the processes that load images."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not stop.requested or "DataLoader worker" not in str(error):
+                raise
+            self._checkpoint(directory)
+            raise InterruptedRunError(self._where_it_stopped(directory)) from error
 
     def result(self) -> TrainResult:
         """What the run gave; call it after `go`."""
@@ -373,7 +396,7 @@ def _memory_errors(batch_size: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise TrainingError(
             f'out of memory at batch_size = {batch_size}; halve it, and lr with it, or set precision = "bf16"'

@@ -65,7 +65,7 @@ def run(
         check_file(onnx_beside(directory), force=settings.force)
     if not resume:
         _refuse_leftovers(recipe, directory)
-    rows = _Rows(recipe, settings)
+    rows = _Rows(recipe, settings, workers)
     original = open_first(recipe.model, settings)
     teacher = None if recipe.finetune is None else _recipe_teacher(recipe, original, settings)
     rules = decision.decided(original, recipe.decision, recipe.calibrate, directory, settings, resume=resume)
@@ -192,9 +192,11 @@ def _exported(
 class _Rows:
     """The networks of a run, each with its line of the report; only the last one keeps its layers."""
 
-    def __init__(self, recipe: Recipe, settings: Settings) -> None:
+    def __init__(self, recipe: Recipe, settings: Settings, workers: int | None) -> None:
         self.split = _evaluated_on(recipe)
-        self.batch_size = EVAL_BATCH if recipe.eval is None else recipe.eval.batch_size
+        self.workers = workers
+        self.batch_size = EVAL_BATCH if recipe.finetune is None else 2 * recipe.finetune.batch_size
+        self.batch_size = self.batch_size if recipe.eval is None else recipe.eval.batch_size
         self.settings = settings
         self.networks: list[Network] = []
         self.lines: list[ModelRow] = []
@@ -204,7 +206,9 @@ class _Rows:
     ) -> None:
         """Take in a network, and measure its accuracy where that is not given and weights are not random."""
         if accuracy is None and self.split is not None and not network.is_random:
-            accuracy = measured_accuracy(network, self.split, self.settings, batch_size=self.batch_size)
+            accuracy = measured_accuracy(
+                network, self.split, self.settings, batch_size=self.batch_size, workers=self.workers
+            )
             self.settings.say(f"{network.name}: {accuracy}")
         self.lines = [row.model_copy(update={"layers": ()}) for row in self.lines]
         measured_on = None

@@ -9,8 +9,8 @@ from torch import nn
 
 from lcc.batches import eval_batches
 from lcc.data import open_eval
-from lcc.errors import RecipeError
-from lcc.evaluation import evaluate, pick_device
+from lcc.errors import DataError, RecipeError, SourceError
+from lcc.evaluation import count_outputs, evaluate, pick_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,6 +43,40 @@ def test_top_1_and_top_5_count_the_right_guesses(tmp_path):
 def test_top_5_is_not_told_for_five_classes(tmp_path):
     text = idx_data(tmp_path, test=40, classes=5)
     assert evaluate(_Fixed(5), eval_batches(open_eval(text), Form()), device="cpu").top5 is None
+
+
+class _Failing(nn.Module):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, x):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (
+            AssertionError("Wrong height"),
+            SourceError,
+            r"run on a 1x3x8x8 .*Wrong height.* --image-size",
+        ),
+        (
+            RuntimeError("[enforce fail] can't allocate memory"),
+            RecipeError,
+            "7 images .*--batch-size 1$",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory"), RecipeError, "out of memory with 7 images at once"),
+        (DataError("mine"), DataError, "^mine$"),
+    ],
+)
+def test_a_network_that_can_not_run_is_refused_in_words(data, error, kind, words):
+    batches = eval_batches(open_eval(data), Form(), batch_size=7)
+    with pytest.raises(kind, match=words):
+        evaluate(_Failing(error), batches, device="cpu")
+    with pytest.raises(kind):
+        count_outputs(_Failing(error), batches)
 
 
 def test_evaluation_leaves_every_module_in_its_own_mode(data):

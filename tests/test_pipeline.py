@@ -6,9 +6,11 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from small_data import idx_data, image_folder
 
-from lcc import checkpoints, comparison, decision, pipeline, whole_run
+from lcc import checkpoints, comparison, decision, pipeline, teachers, whole_run
 from lcc.comparison import BenchOptions
 from lcc.directory import checkpoints_of, fits_of
 from lcc.errors import ArtifactError, CheckFailedError, DataError, RecipeError, SourceError, TrainingError
@@ -164,6 +166,56 @@ def test_a_teachers_file_sees_images_as_the_student_does(tmp_path):
         teacher = pipeline.teacher_part(str(file), pupil)
         assert (teacher.source, teacher.arch, teacher.weights) == (str(file), NET.source, None)
         assert (teacher.image_size, teacher.mean, teacher.num_classes) == ((8, 8), (0.1, 0.2, 0.3), 3)
+
+
+def test_originals_and_teachers_by_name_see_images_as_the_student_does(tmp_path, data, monkeypatch):
+    student = NET.model_copy(update={"mean": (0.1, 0.2, 0.3)})
+    pipeline.convert(student, tmp_path / "small", RULES, SETTINGS)
+    network = SETTINGS.open(ModelPart(source=str(tmp_path / "small")))
+    source = network.loaded.source.model_copy(update={"weights": "default", "num_classes": None})
+    monkeypatch.setattr(Settings, "open", lambda _, part, name=None: part)
+    part = teachers.original_teacher(network.but(loaded=replace(network.loaded, source=source)), SETTINGS)
+    assert (part.source, part.image_size, part.mean) == (NET.source, (8, 8), (0.1, 0.2, 0.3))
+    monkeypatch.undo()
+    opened = []
+    monkeypatch.setattr(pipeline, "train_network", lambda *given, **_: opened.append(given[2]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pipeline.finetune(
+            ModelPart(source=str(tmp_path / "small")),
+            tune(data),
+            SETTINGS,
+            teacher=ModelPart(source=NET.source, weights="none", num_classes=3),
+        )
+    assert opened[0].loaded.preprocessing.image_size == (8, 8)
+    assert opened[0].loaded.preprocessing.mean != (0.1, 0.2, 0.3)
+
+
+def test_what_is_evaluated_around_training_is_loaded_as_for_training(tmp_path, data, monkeypatch):
+    seen, load = [], comparison.eval_batches
+
+    def loading(*given, **options):
+        seen.append((options["batch_size"], options["workers"]))
+        return load(*given, **options)
+
+    trained(tmp_path / "dense", data)
+    monkeypatch.setattr(comparison, "eval_batches", loading)
+    dense = ModelPart(source=str(tmp_path / "dense"))
+    pipeline.finetune(dense, tune(data), SETTINGS, workers=0)
+    recipe = Recipe(lcc=1, model=dense, convert=RULES, finetune=tune(data))
+    whole_run.run(recipe, "", tmp_path / "out", SETTINGS, workers=0)
+    assert seen == [(16, 0)] * 3
+
+
+def test_a_checkpoint_is_as_large_as_its_weights(tmp_path):
+    network = SETTINGS.open(NET)
+    state = network.loaded.model.state_dict()
+    torch.save({"state_dict": state, "optimizer": torch.zeros(10**6)}, tmp_path / "net.pth")
+    part = ModelPart(source=str(tmp_path / "net.pth"), arch=NET.source, num_classes=3)
+    assert SETTINGS.open(part).size_bytes == sum(tensor.nbytes for tensor in state.values())
+    half = {name: tensor.half() for name, tensor in state.items()}
+    save_file(half, tmp_path / "half.safetensors")
+    size = SETTINGS.open(part.model_copy(update={"source": str(tmp_path / "half.safetensors")})).size_bytes
+    assert size == (tmp_path / "half.safetensors").stat().st_size
 
 
 def test_networks_of_several_sizes_are_timed_each_at_its_own():

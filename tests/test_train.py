@@ -6,6 +6,7 @@ import math
 import os
 import random
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from torch import nn
 from training_process import CPU, calls_in_training, differences, killed_run, options, train
 
 from lcc import checkpoints
-from lcc.batches import eval_batches
+from lcc.batches import Batches, eval_batches
 from lcc.data import open_eval
-from lcc.errors import DataError, InterruptedRunError, RecipeError, TrainingError
+from lcc.errors import DataError, InterruptedRunError, RecipeError, SourceError, TrainingError
 from lcc.evaluation import evaluate
 from lcc.train import finetune
 
@@ -25,7 +26,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(data, folder=None, model=None, **changes):
-    keywords = {name: changes.pop(name) for name in ("teacher", "resume", "say") if name in changes}
+    keywords = {
+        name: changes.pop(name)
+        for name in ("teacher", "teacher_preprocessing", "resume", "say")
+        if name in changes
+    }
     keywords = {"say": lambda _text: None, "workers": 0} | keywords
     model = model or tiny_network()
     return finetune(model, Form(), options(data, **changes), checkpoint_dir=folder, device="cpu", **keywords)
@@ -63,6 +68,31 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint_that_goes_on_exa
     assert signal.getsignal(number) is before
     resumed = train(data, tmp_path / "run", resume=True)
     assert resumed[0].resumed_from == 5
+    assert differences(whole, resumed) == []
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+def test_a_signal_that_ends_the_processes_that_load_images_first_leaves_a_checkpoint_too(
+    tmp_path, data, monkeypatch, evaluating
+):
+    """As `timeout` and job schedulers do, which signal the whole process group."""
+    whole, load, taken = train(data, None), Batches.on, []
+
+    def dying(self, device):
+        for batch in load(self, device):
+            trains = self.split.name == "train"
+            if len(taken) == 5 + evaluating and trains != evaluating:
+                os.kill(os.getpid(), signal.SIGTERM)
+                raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+            taken.extend([batch] if trains else [])
+            yield batch
+
+    monkeypatch.setattr(Batches, "on", dying)
+    with pytest.raises(InterruptedRunError, match=rf"stopped after step {6 if evaluating else 5} of 18"):
+        train(data, tmp_path / "run")
+    monkeypatch.undo()
+    resumed = train(data, tmp_path / "run", resume=True)
+    assert resumed[0].resumed_from == (6 if evaluating else 5)
     assert differences(whole, resumed) == []
 
 
@@ -331,6 +361,33 @@ def test_bfloat16_is_float32_where_a_cpu_would_emulate_it(data, monkeypatch, nat
     run(data, model=model, epochs=1, precision="bf16", say=notes.append)
     assert seen == {torch.bfloat16 if native else torch.float32}
     assert any("training in float32" in note for note in notes) != native
+
+
+def test_float16_is_float32_on_a_cpu_and_that_is_told(data):
+    model, notes, seen = tiny_network(), [], set()
+    model[-1].register_forward_hook(lambda module, _, out: seen.add(out.dtype) if module.training else None)
+    result = run(data, model=model, epochs=1, precision="fp16", say=notes.append)
+    assert seen == {torch.float32}
+    assert result.precision == "no"
+    assert "note: fp16 is for GPUs: training in float32 instead" in notes
+
+
+class _Fussy(nn.Module):
+    """Takes images of one size alone, as vision transformers do."""
+
+    def forward(self, x):
+        assert x.shape[2:] == (16, 16), "wrong size"
+        return x.mean((2, 3))
+
+
+def test_a_teacher_of_images_of_another_size_is_refused_in_words(data):
+    size = replace(Form(), image_size=(16, 16))
+    with pytest.raises(RecipeError, match=r"the teacher wants images of \(16, 16\), the model of \(8, 8\)"):
+        run(data, teacher=_Fussy(), teacher_preprocessing=size)
+    with pytest.raises(
+        SourceError, match=r"run on a 1x3x8x8 input \(wrong size\); give it another --image-size"
+    ):
+        run(data, teacher=_Fussy())
 
 
 @pytest.mark.gpu
