@@ -120,7 +120,7 @@ def test_a_file_that_is_no_classifier_is_refused(tmp_path, data):
 
 
 def test_a_file_for_other_classes_is_refused(tmp_path, data):
-    with pytest.raises(DataError, match="has 3 classes, the model 2; give one of 3, or"):
+    with pytest.raises(DataError, match="has 3 classes, the model 2; give data of 2, or"):
         evaluated(nearest(tmp_path / "net.onnx", classes=2), data)
 
 
