@@ -71,8 +71,10 @@ def fold_batch_norms(model: ir.Model) -> int:
             else:
                 _scale_conv(conv, factor, shift)
             shift = np.zeros_like(shift)
-        norm.outputs[0].replace_all_uses_with(there(norm.inputs[0]), replace_graph_outputs=True)
+        result, normalised = there(source), norm.outputs[0]
+        normalised.replace_all_uses_with(result, replace_graph_outputs=True)
         model.graph.remove(norm, safe=True)
+        result.name = normalised.name  # which may be the network's output
         folded += 1
     return folded
 

@@ -72,7 +72,10 @@ def is_leaf(module: nn.Module) -> bool:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a layer normalises with statistics or groups; frozen ones derive from nothing."""
-    return isinstance(module, _NormBase | nn.GroupNorm) or "BatchNorm" in type(module).__name__
+    if isinstance(module, _NormBase | nn.GroupNorm):
+        return True
+    named = "BatchNorm" in type(module).__name__
+    return named and not any(isinstance(part, nn.Conv2d | nn.Linear) for part in module.modules())
 
 
 def trace(module: nn.Module, *, deep: bool = False) -> fx.Graph | None:

@@ -28,6 +28,7 @@ def test_a_batch_norm_is_folded_into_every_convolution_of_a_sum():
     wanted = outputs(model)
     assert fold_batch_norms(model) == 1
     assert op_types(model) == ["Conv", "Conv", "Add"]
+    assert [value.name for value in model.graph.outputs] == ["y"]
     np.testing.assert_allclose(outputs(model), wanted, rtol=0, atol=1e-5)
 
 

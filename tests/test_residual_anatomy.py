@@ -46,6 +46,30 @@ def test_a_cifar_block_is_described_as_any_basic_block():
     assert residual_step(CifarBlock(4)) == residual_step(Block(4))
 
 
+class ConvBatchNorm(nn.Module):
+    """Is called as a norm is, and is none."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv, self.bn = conv3(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+class NamedBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.first, self.second = ConvBatchNorm(channels), ConvBatchNorm(channels)
+
+    def forward(self, x):
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+def test_a_convolution_with_its_norm_is_no_norm_whatever_its_name():
+    assert residual_step(NamedBlock(4)).spec == residual_step(Block(4)).spec
+
+
 def test_a_bottleneck_of_torchvision_is_described():
     block = torchvision.models.resnet.Bottleneck(32, 8, norm_layer=lambda c: nn.BatchNorm2d(c, 1e-3, 0.2))
     spec = residual_step(block).spec

@@ -190,6 +190,17 @@ def test_with_scales_a_bank_takes_the_kernel_with_the_closest_multiples():
     assert sum(squares) < ((kernels - kernels.mean(0)) ** 2).sum()
 
 
+@torch.no_grad()
+def test_with_scales_the_bias_is_the_one_with_the_closest_multiples():
+    convs = convolutions(count=4)
+    operators, _ = bank(Shared(scale=True), convs)
+    for channel in range(4):
+        scales = np.array([op.scale[channel] for op in operators])
+        biases = np.array([conv.bias[channel] for conv in convs])
+        (wanted,) = np.linalg.lstsq(scales[:, None], biases)[0]
+        assert float(operators[0].bias[channel]) == pytest.approx(wanted)
+
+
 def test_the_scales_of_a_channel_are_one_on_average():
     scales, kernel = closest_multiples(torch.randn(5, 3, 2, 3, 3, dtype=torch.float64))
     assert kernel.shape == (3, 2, 3, 3)

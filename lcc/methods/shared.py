@@ -100,7 +100,9 @@ class Shared(Method):
         ops[0].kernel.set_closest_(kernel)
         biases = [conv.bias for conv in convs if conv.bias is not None]
         if ops[0].bias is not None and biases:
-            ops[0].bias.copy_(torch.stack(biases).mean(0))
+            wanted = torch.stack(biases)
+            sizes = torch.ones_like(wanted) if scales is None else scales
+            ops[0].bias.copy_((sizes * wanted).sum(0) / sizes.square().sum(0))
         for number, op in enumerate(ops):
             if op.scale is not None and scales is not None:
                 op.scale.copy_(scales[number])
