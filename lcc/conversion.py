@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 
 from lcc import calibrate, data, models, progress, surgery
 from lcc.banks import settle_banks_
+from lcc.errors import RecipeError
 from lcc.evaluation import pick_device
 from lcc.fit_store import FitStore
 from lcc.grouping import group_for_
 from lcc.manifest import command_line, event_now
 from lcc.measurements import content_key, own_code
+from lcc.memory import is_out_of_memory
 from lcc.methods import LowCostOp
 from lcc.network import Network, sites_of
 from lcc.plan import Plan, Rule, Site, chained, make_plan
@@ -72,7 +74,15 @@ def convert_network(
         if any(isinstance(m, LowCostOp) and m.method.fits_slowly for m in model.modules()):
             key = content_key(original.loaded.model, images, decided.model_dump_json(), own_code())
             store = FitStore(fits, key, resume=resume)
-        made, details = _fit_(model, originals, sites, images, settings, store)
+        try:
+            made, details = _fit_(model, originals, sites, images, settings, store)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RecipeError(
+                f"out of memory while weights were fitted to {len(images)} images; take fewer: --images "
+                f"{max(1, len(images) // 4)} (a recipe: calibrate.images)"
+            ) from error
         details["weights"] += f" of {calibration.data}, no labels"
     seed = None if calibration is None else calibration.seed
     event = event_now("convert", command_line(), seed=seed, details=details)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lcc import progress
 from lcc.errors import DataError, LccError, RecipeError, cannot_run
+from lcc.memory import is_out_of_memory
 from lcc.specs import Frozen
 from lcc.two_streams import device_of
 
@@ -130,11 +131,6 @@ def _answer(model: nn.Module, x: Tensor) -> Any:
                 f"out of memory with {len(x)} images at once; take fewer: --batch-size {max(1, len(x) // 4)}"
             ) from error
         raise cannot_run((1, *x.shape[1:]), error) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch says that a device, or the CPU, has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def check_classes(logits: object, labels: Tensor, split: Split, *, called: str = "the model") -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import psutil
 import torch
 from torch import nn
 
@@ -16,6 +15,7 @@ from lcc.convolutions import convolution
 from lcc.errors import CheckFailedError, RecipeError
 from lcc.lowering import choose
 from lcc.measure import Bench, bench_onnx, bench_torch, check_device, one_run
+from lcc.memory import free_memory
 from lcc.methods import LowCostOp
 from lcc.onnx_export import INPUT, layer_file
 from lcc.onnx_runtime import Session
@@ -218,7 +218,7 @@ def _trial(modules: Sequence[nn.Module], example: torch.Tensor) -> list[float]:
 
 def _too_large(shape: Shape, batch: int, device: Device) -> str | None:
     needed = 4 * (MAPS * batch * shape.channels * shape.image.pixels + KERNELS * shape.spec.weights)
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    free = free_memory(torch.device(device))
     if needed <= SHARE * free:
         return None
     return f"left out: may take {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free"

@@ -23,18 +23,11 @@ from lcc.augment import seeded
 from lcc.batches import eval_batches, train_batches
 from lcc.data import open_parts
 from lcc.errors import InterruptedRunError, TrainingError
-from lcc.evaluation import (
-    Accuracy,
-    accuracy_on,
-    count_outputs,
-    is_out_of_memory,
-    mode,
-    pick_device,
-    placed,
-)
+from lcc.evaluation import Accuracy, accuracy_on, count_outputs, mode, pick_device, placed
 from lcc.features import check_sites
 from lcc.hashing import hash_of_weights, short_hash
 from lcc.interrupts import signals
+from lcc.memory import is_out_of_memory
 from lcc.specs import Frozen
 from lcc.steps import Stepper, Teacher, precision_on
 from lcc.two_streams import device_of

@@ -10,11 +10,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lcc.memory import free_memory
 from lcc.ops.moments import moments
 
 if TYPE_CHECKING:
@@ -145,8 +145,7 @@ def images_at_once(model: nn.Module, images: Tensor) -> int:
     """Return how many images can go through in two streams, judged by one image and the free memory."""
     device = device_of(model)
     needed = 2 * MARGIN * _bytes_of_an_image(model, images[:1].to(device))
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return max(1, int(free * MEMORY_SHARE / needed))
+    return max(1, int(free_memory(device) * MEMORY_SHARE / needed))
 
 
 def _bytes_of_an_image(model: nn.Module, image: Tensor) -> int:

@@ -349,3 +349,38 @@ def test_what_is_not_refused_can_be_built(source):
             size = site.sizes[0]
             x = torch.zeros(2, site.spec.channels_in, size.height, size.width)
             assert method.build(site.spec)(x).shape[1] == site.spec.channels
+
+
+class _Strided(nn.Module):
+    """A stage-changing block, its shortcut registered before or after its convolutions."""
+
+    def __init__(self, *, shortcut_first):
+        super().__init__()
+        shortcut = nn.Conv2d(16, 32, 1, stride=2, bias=False), nn.BatchNorm2d(32)
+        if shortcut_first:
+            self.beside, self.norm = shortcut
+        self.conv1, self.bn1 = nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.conv2, self.bn2 = nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        if not shortcut_first:
+            self.beside, self.norm = shortcut
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.norm(self.beside(x)))
+
+
+def test_where_a_shortcut_is_registered_does_not_matter():
+    last, first = _Strided(shortcut_first=False), _Strided(shortcut_first=True)
+    for norm in (last.bn1, last.bn2, last.norm):
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    first.load_state_dict(last.state_dict())
+    starts = []
+    for module in (last, first):
+        host = nn.Sequential(module.eval())
+        (site,) = [s for s in find_sites(host, torch.zeros(1, 16, 12, 12)) if isinstance(s.spec, StepSpec)]
+        op = Mgic(transitions=True, group_size=8, coarsest=8).build(site.spec)
+        op.project_(module)
+        starts.append(op.state_dict())
+    torch.testing.assert_close(*starts, rtol=0, atol=0)
+    assert not torch.equal(last.bn1.weight, last.norm.weight)

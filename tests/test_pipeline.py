@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from small_data import idx_data, image_folder
 
-from lcc import checkpoints, comparison, decision, pipeline, teachers, whole_run
+from lcc import checkpoints, comparison, conversion, decision, pipeline, teachers, whole_run
 from lcc.comparison import BenchOptions
 from lcc.directory import checkpoints_of, fits_of
 from lcc.errors import ArtifactError, CheckFailedError, DataError, RecipeError, SourceError, TrainingError
@@ -204,6 +204,17 @@ def test_what_is_evaluated_around_training_is_loaded_as_for_training(tmp_path, d
     recipe = Recipe(lcc=1, model=dense, convert=RULES, finetune=tune(data))
     whole_run.run(recipe, "", tmp_path / "out", SETTINGS, workers=0)
     assert seen == [(16, 0)] * 3
+
+
+def test_a_fit_without_memory_says_what_takes_less(tmp_path, data, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(conversion.calibrate, "calibrate_", full)
+    calibration = Calibrate(data=data, images=16)
+    with pytest.raises(RecipeError, match=r"out of memory while .* to 16 images; take fewer: --images 4 \("):
+        pipeline.convert(NET, tmp_path / "out", RULES, SETTINGS, calibration=calibration)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_checkpoint_is_as_large_as_its_weights(tmp_path):

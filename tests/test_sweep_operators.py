@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,8 +196,7 @@ def test_a_sweep_without_anything_to_time_is_refused_with_the_reason(quick):
 
 def test_a_point_too_large_for_the_memory_is_left_out_and_said(quick, monkeypatch):
     # 4 channels of 512x512 pixels are 4 MiB; a dozen of them are too many for 40, and 8x8 pixels are not
-    free = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=40 * 2**20))
-    monkeypatch.setattr(operator_timing, "psutil", free)
+    monkeypatch.setattr(operator_timing, "free_memory", lambda _: 40 * 2**20)
     sweep = sweep_operators(options(size=(8, 512)))[0]
     assert [at.value for at in sweep.points] == [8]
     assert "at size 512: left out: may take 0.1 GB" in sweep.notes[0]

@@ -18,6 +18,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from lcc.methods.mgic_design import is_depthwise
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lcc.methods.mgic_block import Block, Cycle
     from lcc.specs import ConvSpec, StepSpec
 
@@ -31,18 +33,25 @@ _Norm = _NormBase | nn.GroupNorm
 
 
 class _Original:
-    """What a block is made of: its layers told apart by their shapes, in order of registration."""
+    """What a block is made of: its layers told apart by their shapes, in order of registration.
+
+    Of several norms as wide, a convolution's is the first that is registered after it.
+    """
 
     def __init__(self, spec: StepSpec, original: nn.Module) -> None:
-        layers = [m for m in original.modules() if isinstance(m, _Layer)]
-        norms = [m for m in original.modules() if isinstance(m, _Norm)]
+        parts = list(original.modules())
+        layers = [m for m in parts if isinstance(m, _Layer)]
+        norms = [m for m in parts if isinstance(m, _Norm)]
         self.convs = [_take(layers, conv) for conv in spec.convs]
-        self.norms = [_take_norm(norms, conv.out_channels) for conv in spec.convs]
+        self.norms = [
+            _take_norm(norms, conv.out_channels, parts[parts.index(layer) :])
+            for conv, layer in zip(spec.convs, self.convs, strict=True)
+        ]
         self.squeeze = [_take(layers, conv) for conv in spec.squeeze]
         pointwise = [conv for conv in spec.shortcut if conv.kernel_size == (1, 1)]
         self.shortcut = _take(layers, pointwise[0]) if pointwise else None
         normed = spec.norm_params > 2 * sum(conv.out_channels for conv in spec.convs)
-        self.shortcut_norm = _take_norm(norms, spec.channels) if pointwise and normed else None
+        self.shortcut_norm = _take_norm(norms, spec.channels, norms) if pointwise and normed else None
 
 
 def start_(cycle: Cycle, spec: StepSpec, original: nn.Module) -> None:
@@ -171,10 +180,11 @@ def _take(layers: list[_Layer], spec: ConvSpec) -> _Layer:
     raise TypeError(f"holds no convolution {spec}")
 
 
-def _take_norm(norms: list[_Norm], channels: int) -> _Norm:
-    """Take the first norm of a width out of the list. Raises: TypeError: there is none."""
-    for norm in norms:
-        if getattr(norm, "num_features", getattr(norm, "num_channels", None)) == channels:
-            norms.remove(norm)
-            return norm
-    raise TypeError(f"holds no normalisation of {channels} channels")
+def _take_norm(norms: list[_Norm], channels: int, rather: Sequence[nn.Module]) -> _Norm:
+    """Take the first norm of a width out of the list, rather of some. Raises: TypeError: there is none."""
+    wide = [n for n in norms if getattr(n, "num_features", getattr(n, "num_channels", None)) == channels]
+    if not wide:
+        raise TypeError(f"holds no normalisation of {channels} channels")
+    norm = next((norm for norm in wide if norm in rather), wide[0])
+    norms.remove(norm)
+    return norm
