@@ -14,7 +14,7 @@ from lcc.fit_store import FitStore
 from lcc.grouping import group_for_
 from lcc.manifest import command_line, event_now
 from lcc.measurements import content_key, own_code
-from lcc.memory import is_out_of_memory
+from lcc.memory import out_of_memory_as
 from lcc.methods import LowCostOp
 from lcc.network import Network, sites_of
 from lcc.plan import Plan, Rule, Site, chained, make_plan
@@ -74,15 +74,12 @@ def convert_network(
         if any(isinstance(m, LowCostOp) and m.method.fits_slowly for m in model.modules()):
             key = content_key(original.loaded.model, images, decided.model_dump_json(), own_code())
             store = FitStore(fits, key, resume=resume)
-        try:
+        full = RecipeError(
+            f"out of memory while weights were fitted to {len(images)} images; take fewer: --images "
+            f"{max(1, len(images) // 4)} (a recipe: calibrate.images)"
+        )
+        with out_of_memory_as(full):
             made, details = _fit_(model, originals, sites, images, settings, store)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise RecipeError(
-                f"out of memory while weights were fitted to {len(images)} images; take fewer: --images "
-                f"{max(1, len(images) // 4)} (a recipe: calibrate.images)"
-            ) from error
         details["weights"] += f" of {calibration.data}, no labels"
     seed = None if calibration is None else calibration.seed
     event = event_now("convert", command_line(), seed=seed, details=details)

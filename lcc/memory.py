@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lcc.errors import LccError
 
 CGROUP = Path("/sys/fs/cgroup")  # where Linux states a container's limit (version 2)
 
@@ -21,6 +28,17 @@ def free_memory(device: torch.device) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch says that a device, or the CPU, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+@contextmanager
+def out_of_memory_as(refusal: LccError) -> Iterator[None]:
+    """Raise a refusal that says what takes less, where there is no memory left."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise refusal from error
 
 
 def _left_in_container() -> float:

@@ -27,7 +27,7 @@ from lcc.evaluation import Accuracy, accuracy_on, count_outputs, mode, pick_devi
 from lcc.features import check_sites
 from lcc.hashing import hash_of_weights, short_hash
 from lcc.interrupts import signals
-from lcc.memory import is_out_of_memory
+from lcc.memory import out_of_memory_as
 from lcc.specs import Frozen
 from lcc.steps import Stepper, Teacher, precision_on
 from lcc.two_streams import device_of
@@ -113,13 +113,17 @@ def finetune(
     expert = teacher if teacher is not None and taught else nn.Identity()
     if options.features > 0:
         check_sites(expert, sites)
+    full = TrainingError(
+        f"out of memory at batch_size = {options.batch_size}; halve it, and lr with it, or set precision = "
+        '"bf16"'
+    )
     with (
         placed(model, target, channels_last=options.channels_last),
         placed(expert, target),
         mode(expert, training=False),
         _own_generators(options.seed, target),
         _tuned_convolutions(),
-        _memory_errors(options.batch_size),
+        out_of_memory_as(full),
     ):
         first = 0 if start is None else int(start["step"])
         stream = train_batches(train, preprocessing, options, start=first, workers=workers)
@@ -382,18 +386,6 @@ def _tuned_convolutions() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-@contextmanager
-def _memory_errors(batch_size: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise TrainingError(
-            f'out of memory at batch_size = {batch_size}; halve it, and lr with it, or set precision = "bf16"'
-        ) from error
 
 
 def _machine(device: torch.device) -> str:

@@ -195,8 +195,8 @@ class _Rows:
     def __init__(self, recipe: Recipe, settings: Settings, workers: int | None) -> None:
         self.split = _evaluated_on(recipe)
         self.workers = workers
-        self.batch_size = EVAL_BATCH if recipe.finetune is None else 2 * recipe.finetune.batch_size
-        self.batch_size = self.batch_size if recipe.eval is None else recipe.eval.batch_size
+        usual = EVAL_BATCH if recipe.finetune is None else 2 * recipe.finetune.batch_size
+        self.batch_size = usual if recipe.eval is None else recipe.eval.batch_size
         self.settings = settings
         self.networks: list[Network] = []
         self.lines: list[ModelRow] = []

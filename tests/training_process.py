@@ -38,6 +38,17 @@ def options(data: str, **changes) -> Finetune:
     )
 
 
+def run(data, folder=None, model=None, **changes):
+    keywords = {
+        name: changes.pop(name)
+        for name in ("teacher", "teacher_preprocessing", "resume", "say")
+        if name in changes
+    }
+    keywords = {"say": lambda _text: None, "workers": 0} | keywords
+    model = model or tiny_network()
+    return finetune(model, Form(), options(data, **changes), checkpoint_dir=folder, device="cpu", **keywords)
+
+
 def train(data: str, folder: Path | None, *, resume=False, hook=None, **changes):
     """Return the result and weights of a run that uses every source of randomness."""
     torch.set_num_threads(1)
